@@ -1,0 +1,60 @@
+"""Networks by name: a model is built from a name and keyword options, so a file can describe it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+from flax import nnx
+
+from accel.models.vgg import STAGES, VGG
+
+SMALL_VGG_DEFAULTS = {
+    "in_channels": 1,
+    "num_classes": 10,
+    "pool_last": False,
+    "pooled_size": 1,
+    "hidden_features": (),
+}
+
+
+def _vgg(name: str, **options: Any) -> VGG:
+    return VGG(STAGES[name], **({"num_classes": 1000} | options))
+
+
+MODELS: dict[str, Callable[..., nnx.Module]] = {
+    **{name: partial(_vgg, name) for name in ("vgg11", "vgg13", "vgg16", "vgg19")},
+    **{
+        f"{name}_body": partial(_vgg, name, num_classes=None)
+        for name in ("vgg11", "vgg13", "vgg16", "vgg19")
+    },
+    "small_vgg": lambda **options: _vgg("small_vgg", **(SMALL_VGG_DEFAULTS | options)),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelSpec:
+    """What a network is rebuilt from: a name of ``MODELS`` and the builder's keyword options."""
+
+    name: str
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def build(self, rngs: nnx.Rngs | None = None) -> nnx.Module:
+        """Builds the network with fresh parameters (seed 0 without ``rngs``)."""
+        return build(self.name, rngs=rngs, **self.options)
+
+
+def build(name: str, *, rngs: nnx.Rngs | None = None, **options: Any) -> nnx.Module:
+    """Builds the network called ``name`` with fresh parameters (seed 0 without ``rngs``).
+
+    Raises:
+        ValueError: If the name is unknown, or an option is not one of the network's.
+    """
+    if name not in MODELS:
+        raise ValueError(f"unknown model {name!r}; known: {', '.join(MODELS)}")
+    try:
+        return MODELS[name](**options, rngs=nnx.Rngs(0) if rngs is None else rngs)
+    except TypeError as error:
+        raise ValueError(f"model {name!r} with options {options}: {error}") from error
