@@ -1,0 +1,128 @@
+"""Model folders: a network in a folder from which it is rebuilt without the original weights.
+
+A folder holds ``model.json`` (name and options), ``plan.json`` where the network is accelerated, and
+``checkpoint/`` (Orbax). It is written under a temporary name and renamed when it is complete.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import orbax.checkpoint as ocp
+from flax import nnx
+
+from accel.batch_norm import fold_batch_norm
+from accel.models import ModelSpec
+from accel.plan import AccelerationPlan
+from accel.rewrite import rewrite
+
+FORMAT = 1
+
+
+def save_model(
+    folder: Path,
+    model: nnx.Module,
+    spec: ModelSpec | None = None,
+    plan: AccelerationPlan | None = None,
+) -> None:
+    """Writes ``model`` to a new folder.
+
+    Args:
+        folder: Where to; must not exist yet.
+        model: The network.
+        spec: What the original network is built from; without it ``load_model`` has to be told.
+        plan: What was done to the original network, if anything.
+
+    Raises:
+        FileExistsError: If the folder exists.
+    """
+    folder = Path(folder)
+    if folder.exists():
+        raise FileExistsError(f"{folder} exists already; nothing is overwritten")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = folder.with_name(f"{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    description = {
+        "format": FORMAT,
+        "model": None if spec is None else {"name": spec.name, "options": dict(spec.options)},
+    }
+    (partial / "model.json").write_text(json.dumps(description, indent=2) + "\n")
+    if plan is not None:
+        (partial / "plan.json").write_text(plan.to_json())
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save((partial / "checkpoint").resolve(), _arrays(model))
+    partial.rename(folder)
+
+
+def load_model(folder: Path, build: Callable[[], nnx.Module] | None = None) -> nnx.Module:
+    """The network that ``save_model`` wrote, in evaluation mode.
+
+    Args:
+        folder: Where it is.
+        build: Builds the original network, for networks that are not among ``accel.models``; its
+            parameters are never computed.
+
+    Raises:
+        ValueError: If the folder is no model folder, or the network that is built does not fit it.
+    """
+    folder = Path(folder)
+    try:
+        description = json.loads((folder / "model.json").read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{folder} is no model folder: {error}") from error
+    if description.get("format") != FORMAT:
+        raise ValueError(
+            f"{folder}: expected format {FORMAT} in model.json, found {description.get('format')}"
+        )
+    if build is None:
+        if description["model"] is None:
+            raise ValueError(f"{folder} does not say how its network is built; give load a builder")
+        build = ModelSpec(**description["model"]).build
+    plan_file = folder / "plan.json"
+    plan = AccelerationPlan.from_json(plan_file.read_text()) if plan_file.exists() else None
+
+    def rebuild() -> nnx.Module:
+        model = build()
+        return model if plan is None else rewrite(fold_batch_norm(model, plan.folded), plan)
+
+    model = nnx.eval_shape(rebuild)
+    expected = _arrays(model)
+    with ocp.StandardCheckpointer() as checkpointer:
+        saved = checkpointer.metadata((folder / "checkpoint").resolve()).item_metadata
+        _check_fit(folder, expected, saved)
+        restored = checkpointer.restore((folder / "checkpoint").resolve(), expected)
+    graphdef, state = nnx.split(model)
+    flat = nnx.to_flat_state(state)
+    for path, variable in flat:
+        variable.set_value(restored["/".join(map(str, path))])
+    model = nnx.merge(graphdef, nnx.from_flat_state(flat))
+    model.eval()
+    return model
+
+
+def _arrays(model: nnx.Module) -> dict[str, jax.Array | jax.ShapeDtypeStruct]:
+    """The arrays of a model by path; shapes alone where the model is abstract."""
+    return {
+        "/".join(map(str, path)): variable.get_value()
+        for path, variable in nnx.to_flat_state(nnx.state(model))
+    }
+
+
+def _check_fit(folder: Path, expected: dict, saved: dict) -> None:
+    for path in [*expected, *saved]:
+        if path not in saved:
+            raise ValueError(f"{folder}: the network needs {path!r}, which was not saved")
+        if path not in expected:
+            raise ValueError(f"{folder}: holds {path!r}, which the network does not have")
+        # The state of a random generator is saved in another shape than it has.
+        is_key = jax.dtypes.issubdtype(expected[path].dtype, jax.dtypes.prng_key)
+        if not is_key and tuple(expected[path].shape) != tuple(saved[path].shape):
+            raise ValueError(
+                f"{folder}: {path!r} has shape {tuple(saved[path].shape)}, the network needs"
+                f" {tuple(expected[path].shape)}"
+            )

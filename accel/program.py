@@ -1,0 +1,300 @@
+"""A network as a program: where its layers stand in true execution order, and its pieces.
+
+Every layer of interest is made to mark its input and its output with ``checkpoint_name``; the
+network is then traced once. The marks are equations of the jaxpr, so they give the order of
+execution whatever the network's graph (chain, residual, concatenation), ask nothing of its author,
+and cut it into segments, each of which runs as one jitted function.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache
+from typing import Any
+
+import jax
+import jax.extend.core as jex
+import numpy as np
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+
+Path = str
+Segment = Callable[[Sequence[jax.Array], Sequence[jax.Array]], list[jax.Array]]
+
+# Calls whose body may be written out in place without changing what is computed. A body inside
+# control flow (scan, while, cond) runs any number of times and is left alone.
+INLINED_CALLS = frozenset(
+    {"jit", "pjit", "closed_call", "core_call", "remat", "remat2", "checkpoint"}
+    | {"custom_jvp_call", "custom_vjp_call"}
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerCall:
+    """One call of one layer in the traced program.
+
+    Attributes:
+        path: Path of the layer in the module tree, its parts joined by ``/``.
+        layer: The layer itself (of the traced copy, with the original's weights).
+        input: What the layer is given.
+        output: What the layer returns.
+        start: Index of the first equation of the call.
+        stop: Index after the last equation of the call.
+        activation: ``"relu"`` where the output goes through a ReLU and nowhere else, otherwise
+            ``"identity"``.
+    """
+
+    path: Path
+    layer: Any
+    input: jex.Var
+    output: jex.Var
+    start: int
+    stop: int
+    activation: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A network traced for one shape of images.
+
+    Attributes:
+        jaxpr: The program; its inputs are the parameters, then the images.
+        parameters: The values of the network's parameters and other state.
+        calls: Calls of the layers of interest in execution order.
+        left_out: Layers of interest that have no place of their own in the program, and why.
+    """
+
+    jaxpr: jex.Jaxpr
+    parameters: tuple[jax.Array, ...]
+    calls: tuple[LayerCall, ...]
+    left_out: dict[Path, str]
+
+    @property
+    def images(self) -> jex.Var:
+        """The variable that holds the images."""
+        return self.jaxpr.invars[-1]
+
+    def live(self, call: LayerCall) -> tuple[jex.Var, ...]:
+        """What must be known to run on from ``call``: its input, and all that is used after it."""
+        parameters = set(self.jaxpr.invars[:-1])
+        before = {self.images}.union(*(eqn.outvars for eqn in self.jaxpr.eqns[: call.start]))
+        after = {v: None for eqn in self.jaxpr.eqns[call.stop :] for v in _variables(eqn.invars)}
+        after |= {v: None for v in _variables(self.jaxpr.outvars)}
+        kept = (v for v in after if v in before and v not in parameters and v is not call.input)
+        return (call.input, *kept)
+
+    def segment(
+        self, given: Sequence[jex.Var], wanted: Sequence[jex.Var]
+    ) -> tuple[Segment, tuple[jax.Array, ...]]:
+        """The part of the program that computes ``wanted`` from ``given``.
+
+        Returns:
+            A pure function ``(parameters, values of given) -> values of wanted``, and the
+            parameters to call it with.
+        """
+        needed = set(wanted) - set(given)
+        equations = []
+        for equation in reversed(self.jaxpr.eqns):
+            if needed.intersection(equation.outvars):
+                equations.append(equation)
+                needed.difference_update(equation.outvars)
+                needed.update(set(_variables(equation.invars)) - set(given))
+        indices = [i for i, v in enumerate(self.jaxpr.invars[:-1]) if v in needed]
+        inputs = [self.jaxpr.invars[i] for i in indices]
+        if unknown := needed - set(inputs):
+            raise ValueError(f"cannot be computed from the given variables: {unknown}")
+        jaxpr = self.jaxpr.replace(
+            constvars=[],
+            invars=[*inputs, *given],
+            outvars=list(wanted),
+            eqns=equations[::-1],
+        )
+        run = jex.jaxpr_as_fun(jex.ClosedJaxpr(jaxpr, ()))
+        return (lambda parameters, values: run(*parameters, *values)), tuple(
+            self.parameters[i] for i in indices
+        )
+
+
+def path_name(parts: Sequence[Any]) -> Path:
+    """The written form of a path in a module tree: ``("blocks", 0, "conv")`` is ``blocks/0/conv``."""
+    return "/".join(map(str, parts))
+
+
+def named_layers(model: nnx.Module, kinds: tuple[type, ...]) -> Iterator[tuple[Path, nnx.Module]]:
+    """The layers of ``model`` whose type is exactly one of ``kinds``, with their paths."""
+    for parts, node in nnx.iter_graph(model):
+        if type(node) in kinds:
+            yield path_name(parts), node
+
+
+def trace(model: nnx.Module, images: Any, kinds: tuple[type, ...] = (nnx.Conv,)) -> Program:
+    """Traces ``model`` in evaluation mode and finds the calls of its layers of the given kinds.
+
+    Args:
+        model: The network, called as ``model(images)``; it is not changed.
+        images: Images ``[batch, …]``, or anything with their ``shape`` and ``dtype``.
+        kinds: Layer types to find. Subclasses may compute something else and are not found.
+
+    Raises:
+        ValueError: If the network cannot be called with such images.
+    """
+    tapped = nnx.clone(model)
+    tapped.eval()
+    layers = dict(named_layers(tapped, kinds))
+    for path, layer in layers.items():
+        layer.tap_path = path
+        object.__setattr__(layer, "__class__", _tapped(type(layer)))
+    graphdef, state = nnx.split(tapped)
+    values, structure = jax.tree.flatten(state)
+    specification = jax.ShapeDtypeStruct(images.shape, images.dtype)
+
+    def run(*arguments):
+        state = jax.tree.unflatten(structure, arguments[:-1])
+        return nnx.merge(graphdef, state)(arguments[-1])
+
+    try:
+        traced = jax.make_jaxpr(run)(*values, specification)
+    except Exception as error:
+        raise ValueError(
+            f"{type(model).__name__} cannot be called with images of shape {images.shape} and type"
+            f" {images.dtype}: {error}"
+        ) from error
+    flat = jax.make_jaxpr(lambda *arguments: _written_out(traced, arguments))(
+        *values, specification
+    )
+    # Constants of the trace (arrays that the author closed over) become parameters like others.
+    jaxpr = flat.jaxpr.replace(
+        constvars=[],
+        invars=[*flat.jaxpr.constvars, *flat.jaxpr.invars],
+    )
+    calls, left_out = _find_calls(jaxpr, layers)
+    return Program(jaxpr, (*flat.consts, *values), calls, left_out)
+
+
+@cache
+def _tapped(kind: type) -> type:
+    """A subclass of a layer type that marks the input and the output of each call."""
+
+    def call(self, inputs, *args, **kwargs):
+        inputs = checkpoint_name(inputs, f"in:{self.tap_path}")
+        outputs = kind.__call__(self, inputs, *args, **kwargs)
+        return checkpoint_name(outputs, f"out:{self.tap_path}")
+
+    return type(f"Tapped{kind.__name__}", (kind,), {"__call__": call})
+
+
+def _mark(equation: jex.JaxprEqn) -> str | None:
+    name = equation.params.get("name", "") if equation.primitive.name == "name" else ""
+    return name if name.startswith(("in:", "out:")) else None
+
+
+def _variables(atoms: Sequence[Any]) -> Iterator[jex.Var]:
+    return (atom for atom in atoms if not isinstance(atom, jex.Literal))
+
+
+def _inner_programs(equation: jex.JaxprEqn) -> Iterator[jex.ClosedJaxpr]:
+    for value in jax.tree.leaves(
+        list(equation.params.values()),
+        is_leaf=lambda leaf: isinstance(leaf, (jex.Jaxpr, jex.ClosedJaxpr)),
+    ):
+        if isinstance(value, jex.ClosedJaxpr):
+            yield value
+        elif isinstance(value, jex.Jaxpr):
+            yield jex.ClosedJaxpr(value, ())
+
+
+def _marks_inside(program: jex.ClosedJaxpr) -> Iterator[str]:
+    for equation in program.jaxpr.eqns:
+        if (mark := _mark(equation)) is not None:
+            yield mark
+        for inner in _inner_programs(equation):
+            yield from _marks_inside(inner)
+
+
+def _written_out(program: jex.ClosedJaxpr, arguments: Sequence[Any]) -> list[Any]:
+    """Runs a program with the calls that hold a mark written out in place."""
+    jaxpr = program.jaxpr
+    values: dict[jex.Var, Any] = dict(
+        zip((*jaxpr.constvars, *jaxpr.invars), (*program.consts, *arguments), strict=True)
+    )
+
+    def read(atom):
+        return atom.val if isinstance(atom, jex.Literal) else values[atom]
+
+    for equation in jaxpr.eqns:
+        inputs = [read(atom) for atom in equation.invars]
+        inner = list(_inner_programs(equation))
+        if (
+            equation.primitive.name in INLINED_CALLS
+            and len(inner) == 1
+            and any(_marks_inside(inner[0]))
+        ):
+            outputs = _written_out(inner[0], inputs)
+        else:
+            variables = list(dict.fromkeys(_variables(equation.invars)))
+            single = jaxpr.replace(
+                constvars=[], invars=variables, outvars=list(equation.outvars), eqns=[equation]
+            )
+            run = jex.jaxpr_as_fun(jex.ClosedJaxpr(single, ()))
+            outputs = run(*(values[v] for v in variables))
+        values.update(zip(equation.outvars, outputs, strict=True))
+    return [read(atom) for atom in jaxpr.outvars]
+
+
+def _find_calls(
+    jaxpr: jex.Jaxpr, layers: dict[Path, nnx.Module]
+) -> tuple[tuple[LayerCall, ...], dict[Path, str]]:
+    positions: dict[str, list[int]] = {}
+    hidden: Counter[str] = Counter()
+    for index, equation in enumerate(jaxpr.eqns):
+        if (mark := _mark(equation)) is not None:
+            positions.setdefault(mark, []).append(index)
+        else:
+            hidden.update(m for inner in _inner_programs(equation) for m in _marks_inside(inner))
+
+    calls: list[LayerCall] = []
+    left_out: dict[Path, str] = {}
+    for path, layer in layers.items():
+        starts, stops = positions.get(f"in:{path}", []), positions.get(f"out:{path}", [])
+        if hidden[f"in:{path}"]:
+            left_out[path] = "called inside control flow (scan, while or cond)"
+        elif not starts:
+            left_out[path] = "not called"
+        elif len(starts) > 1:
+            left_out[path] = f"called {len(starts)} times with the same weights"
+        else:
+            (start,), (stop,) = starts, stops
+            given = jaxpr.eqns[start].invars[0]
+            output = jaxpr.eqns[stop].outvars[0]
+            expected = jax.eval_shape(layer, jax.ShapeDtypeStruct(given.aval.shape, given.aval.dtype))
+            if expected.shape != output.aval.shape:
+                left_out[path] = "called under vmap with the batch axis not in front"
+                continue
+            activation = _activation(jaxpr, output)
+            calls.append(LayerCall(path, layer, given, output, start, stop + 1, activation))
+    calls.sort(key=lambda call: call.start)
+    return tuple(calls), left_out
+
+
+def _activation(jaxpr: jex.Jaxpr, output: jex.Var) -> str:
+    users = [eqn for eqn in jaxpr.eqns if any(v is output for v in eqn.invars)]
+    leaves = any(v is output for v in jaxpr.outvars)
+    return "relu" if len(users) == 1 and not leaves and _is_relu(users[0]) else "identity"
+
+
+def _is_relu(equation: jex.JaxprEqn) -> bool:
+    """Whether an equation is max(x, 0), written out or as a call of nothing else."""
+    if equation.primitive.name == "max":
+        constants = [atom.val for atom in equation.invars if isinstance(atom, jex.Literal)]
+        return len(constants) == 1 and not np.any(constants[0])
+    inner = list(_inner_programs(equation))
+    if equation.primitive.name not in INLINED_CALLS or len(inner) != 1:
+        return False
+    body = inner[0].jaxpr
+    return (
+        len(body.eqns) == 1
+        and list(body.outvars) == list(body.eqns[0].outvars)
+        and _is_relu(body.eqns[0])
+    )

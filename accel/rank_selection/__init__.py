@@ -1,0 +1,34 @@
+"""Rank selection: how many directions each layer keeps so that the whole network fits a budget.
+
+A method is one function ``RankProblem -> {path: rank, or None for dense}`` in a file of its own and
+one line in ``RANK_SELECTION``.
+"""
+
+from collections.abc import Callable
+
+from accel.rank_selection.exact_energy import exact_energy
+from accel.rank_selection.greedy_energy import greedy_energy
+from accel.rank_selection.problem import (
+    LayerChoices,
+    RankProblem,
+    Ranks,
+    budget_from_speedup,
+)
+from accel.rank_selection.rules import Rule, apply_rules
+from accel.rank_selection.uniform import uniform
+
+RANK_SELECTION: dict[str, Callable[[RankProblem], Ranks]] = {
+    "uniform": uniform,
+    "greedy_energy": greedy_energy,
+    "exact_energy": exact_energy,
+}
+
+__all__ = [
+    "RANK_SELECTION",
+    "LayerChoices",
+    "RankProblem",
+    "Ranks",
+    "Rule",
+    "apply_rules",
+    "budget_from_speedup",
+]

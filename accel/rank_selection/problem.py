@@ -1,0 +1,189 @@
+"""The rank selection problem of a whole network.
+
+maximise    Π_l  E_l(d'_l) / E_l(d_l),    E_l(r) = Σ_{a≤r} σ_{l,a}
+subject to  Σ_l  min(d'_l · m_l, D_l)  ≤  budget - other
+
+with σ_{l,a} the eigenvalues of layer l's response covariance in descending order, m_l the MACs of
+one rank of the decomposed layer and D_l those of the original. A layer whose d'_l · m_l is not below
+D_l stays dense, at no loss of energy. Zhang et al., arXiv:1505.06798, section 3.4, equation 14; there
+the cost of d' is (d'/d) D, here it is what the decomposed layer really costs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from functools import cached_property
+from typing import Literal
+
+import numpy as np
+from jaxtyping import Float64
+
+Ranks = dict[str, int | None]
+
+# Rounding leaves eigenvalues of a covariance slightly below zero. In float32 their size is about
+# 1e-7 of the largest times the number of channels; anything beyond this is no covariance.
+NEGATIVE_TOLERANCE = 1e-3
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class LayerChoices:
+    """The ranks a layer can have, what each keeps and what it costs.
+
+    Attributes:
+        path: Path of the layer in the module tree.
+        spectrum: Eigenvalues of the covariance of the layer's responses, in descending order, one
+            for each of its d output channels. Those that rounding made negative become zero.
+        dense_macs: MACs per image of the layer as it is.
+        macs_per_rank: MACs per image of the decomposed layer at rank r, divided by r.
+        fixed: What a rule demands: None (free), ``"dense"``, or a rank between 1 and d. A rank that
+            costs as much as the layer itself leaves it dense.
+
+    Raises:
+        ValueError: If any of these is not as said.
+    """
+
+    path: str
+    spectrum: Float64[np.ndarray, " d"]
+    dense_macs: int
+    macs_per_rank: int
+    fixed: None | Literal["dense"] | int = None
+
+    def __post_init__(self):
+        spectrum = np.asarray(self.spectrum, np.float64)
+        if spectrum.ndim != 1 or not spectrum.size:
+            raise ValueError(
+                f"{self.path}: the spectrum must be one row of eigenvalues, found shape"
+                f" {spectrum.shape}"
+            )
+        if not np.isfinite(spectrum).all():
+            raise ValueError(f"{self.path}: the spectrum has NaN or infinite eigenvalues")
+        if spectrum.min() < -NEGATIVE_TOLERANCE * max(spectrum[0], 0.0):
+            raise ValueError(
+                f"{self.path}: the spectrum has a negative eigenvalue, {spectrum.min():.3g} beside a"
+                f" largest of {spectrum[0]:.3g}"
+            )
+        if (np.diff(spectrum) > 0).any():
+            raise ValueError(f"{self.path}: the eigenvalues must be in descending order")
+        for name, macs in (("dense", self.dense_macs), ("per rank", self.macs_per_rank)):
+            if macs < 1:
+                raise ValueError(f"{self.path}: MACs ({name}) must be at least 1, found {macs}")
+        if isinstance(self.fixed, int) and not 1 <= self.fixed <= spectrum.size:
+            raise ValueError(
+                f"{self.path}: a fixed rank must be between 1 and the layer's width {spectrum.size},"
+                f" found {self.fixed}"
+            )
+        object.__setattr__(self, "spectrum", np.maximum(spectrum, 0.0))
+
+    @property
+    def width(self) -> int:
+        """Number d of output channels."""
+        return self.spectrum.size
+
+    @property
+    def largest_rank(self) -> int:
+        """The largest rank that costs less than the layer as it is; 0 if there is none."""
+        return min(self.width, (self.dense_macs - 1) // self.macs_per_rank)
+
+    @cached_property
+    def energies(self) -> Float64[np.ndarray, " d"]:
+        """E(r) for r = 1…d in units of the largest eigenvalue (so that nothing overflows)."""
+        return np.cumsum(self.spectrum / (self.spectrum[0] or 1.0))
+
+    @cached_property
+    def log_energies(self) -> Float64[np.ndarray, " d"]:
+        """log(E(r)/E(d)) for r = 1…d, from -log d up to 0; zeros for a layer without energy."""
+        if not self.spectrum[0]:
+            return np.zeros(self.width)
+        # From the sum of what is left out: a difference of cumulated sums would lose the tail.
+        tail = np.cumsum(self.spectrum[:0:-1] / self.spectrum[0])[::-1]
+        return np.log1p(-np.append(tail, 0.0) / self.energies[-1])
+
+    def choice(self, rank: int | None) -> int | None:
+        """The rank, or None (dense) where the decomposed layer would not cost less."""
+        return rank if rank is not None and rank <= self.largest_rank else None
+
+    def macs(self, rank: int | None) -> int:
+        """MACs per image at a rank (None: as it is); never more than those of the layer as it is."""
+        return self.dense_macs if self.choice(rank) is None else rank * self.macs_per_rank
+
+    def log_energy(self, rank: int | None) -> float:
+        """log(E(rank)/E(d)); 0 for None (dense)."""
+        return 0.0 if self.choice(rank) is None else float(self.log_energies[rank - 1])
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class RankProblem:
+    """Layers, and the budget they share (see the module's docstring).
+
+    Attributes:
+        layers: The layers that can be decomposed, each path once.
+        other_macs: MACs per image of the convolutions that never are, conv1_1 for example.
+        budget_macs: MACs per image that all convolutions together may cost.
+
+    Raises:
+        ValueError: If a path stands twice, or the budget cannot be met with rank 1 in every free
+            layer; the message says the largest reachable speedup.
+    """
+
+    layers: tuple[LayerChoices, ...]
+    other_macs: int
+    budget_macs: int
+
+    def __post_init__(self):
+        paths = [layer.path for layer in self.layers]
+        if repeated := sorted({path for path in paths if paths.count(path) > 1}):
+            raise ValueError(f"each layer must stand once, found twice: {', '.join(repeated)}")
+        least = self.macs(self.complete({layer.path: 1 for layer in self.free}))
+        if least > self.budget_macs:
+            original = self.macs(dict.fromkeys(paths))
+            # Rounded down, so that the speedup named here can really be asked for.
+            reachable = math.floor(1000 * original / least) / 1000
+            raise ValueError(
+                f"a budget of {self.budget_macs:,} MACs per image"
+                f" ({original / max(self.budget_macs, 1):.3f}× of {original:,}) cannot be met: with"
+                f" rank 1 in every free layer, {least:,} are left; the largest reachable speedup is"
+                f" {reachable:.3f}×"
+            )
+
+    @cached_property
+    def free(self) -> tuple[LayerChoices, ...]:
+        """The layers that no rule fixes, sorted by path: results do not hang on the given order."""
+        free = (layer for layer in self.layers if layer.fixed is None)
+        return tuple(sorted(free, key=lambda layer: layer.path))
+
+    def complete(self, ranks: Mapping[str, int | None]) -> Ranks:
+        """Ranks of all layers in the given order, from those of the free layers.
+
+        A rank that does not make its layer cheaper becomes None (dense).
+        """
+        return {
+            layer.path: layer.choice(
+                ranks[layer.path]
+                if layer.fixed is None
+                else None
+                if layer.fixed == "dense"
+                else layer.fixed
+            )
+            for layer in self.layers
+        }
+
+    def macs(self, ranks: Mapping[str, int | None]) -> int:
+        """MACs per image of all convolutions at the given ranks (None: dense)."""
+        return self.other_macs + sum(layer.macs(ranks[layer.path]) for layer in self.layers)
+
+    def log_energy(self, ranks: Mapping[str, int | None]) -> float:
+        """Logarithm of the objective, Σ_l log(E_l(r_l)/E_l(d_l)): at most 0, more is better."""
+        return math.fsum(layer.log_energy(ranks[layer.path]) for layer in self.layers)
+
+
+def budget_from_speedup(total_original_macs: int, speedup: float) -> int:
+    """The MACs per image that a speedup leaves of all the original convolutions' MACs.
+
+    Raises:
+        ValueError: If the speedup is not a finite number above 1.
+    """
+    if not (speedup > 1 and math.isfinite(speedup)):
+        raise ValueError(f"a speedup must be a finite number above 1, found {speedup}")
+    return math.floor(total_original_macs / speedup)

@@ -1,0 +1,45 @@
+"""Uniform ranks: every free layer keeps the same fraction of its own MACs.
+
+d'_l = max(1, ⌊f · D_l / m_l⌋) with the largest f for which the network fits the budget. The baseline
+of Zhang et al., arXiv:1505.06798, without rank selection.
+
+Layers of one shape gain a rank at the same fraction, all or none of them, so up to one rank of each of
+them can be left of the budget. It is not spent: ranks would then differ between equal layers.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from fractions import Fraction
+
+from accel.rank_selection.problem import RankProblem, Ranks
+
+
+def uniform(problem: RankProblem) -> Ranks:
+    """Ranks by path; None where the layer stays dense (see the module's docstring)."""
+
+    def ranks(fraction: Fraction) -> Ranks:
+        if fraction == 1:
+            return problem.complete({layer.path: None for layer in problem.free})
+        # A decomposition may be cheaper than its layer even at full rank, hence the minimum.
+        return problem.complete(
+            {
+                layer.path: max(
+                    1, min(layer.width, int(fraction * layer.dense_macs / layer.macs_per_rank))
+                )
+                for layer in problem.free
+            }
+        )
+
+    # The fractions where some layer gains a rank, exactly: layers of one shape gain it together.
+    # At 0 every layer has rank 1, which fits; at 1 every layer is dense.
+    steps = {
+        Fraction(rank * layer.macs_per_rank, layer.dense_macs)
+        for layer in problem.free
+        for rank in range(1, layer.largest_rank + 1)
+    }
+    fractions = sorted({Fraction(0), Fraction(1), *steps})
+    fitting = bisect_right(
+        fractions, problem.budget_macs, key=lambda fraction: problem.macs(ranks(fraction))
+    )
+    return ranks(fractions[fitting - 1])
