@@ -13,6 +13,7 @@ import dataclasses
 import math
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -42,6 +43,7 @@ from accel.rank_selection import (
 from accel.report.environment import device_name, versions
 from accel.report.report import LayerReport, Report
 from accel.rewrite import FactorizedConv, rewrite
+from accel.solution import Solution, load_solution, save_solution
 from accel.solvers import SOLVERS, Responses, Solver, objective, response_spectrum
 
 HELD_OUT_FRACTION = 0.1
@@ -117,6 +119,7 @@ def accelerate(
     batch_size: int = 16,
     cache_bytes: int | None = None,
     seed: int = 0,
+    resume: Path | None = None,
     progress: Progress | None = None,
 ) -> Result:
     """Makes a trained convolutional network cheaper by ``speedup``, without retraining.
@@ -138,6 +141,8 @@ def accelerate(
         cache_bytes: Host memory for activations between layers; by default a quarter of what is
             available. Less costs time, not accuracy.
         seed: Seed of all that is drawn.
+        resume: A folder that keeps each layer's solution as soon as it is found, so that a run that
+            was stopped goes on there when it is called again with the same arguments.
         progress: Receives what the run is doing.
 
     Raises:
@@ -162,7 +167,12 @@ def accelerate(
     )
     plan = select_ranks(calibration, speedup, rank_selection=rank_selection, rules=rules)
     result = reconstruct(
-        calibration, plan, solver=chosen_solver, asymmetric=asymmetric, progress=progress
+        calibration,
+        plan,
+        solver=chosen_solver,
+        asymmetric=asymmetric,
+        resume=resume,
+        progress=progress,
     )
     settings = {
         "speedup": speedup,
@@ -331,14 +341,23 @@ def reconstruct(
     *,
     solver: str | Solver = "alternating",
     asymmetric: bool = True,
+    resume: Path | None = None,
     progress: Progress | None = None,
 ) -> Result:
     """Replaces the convolutions of ``plan`` one after the other, each fitted to responses.
 
-    The arguments are those of ``accelerate``.
+    Args:
+        calibration: From ``calibrate``.
+        plan: From ``select_ranks``, or made by hand.
+        solver: As in ``accelerate``.
+        asymmetric: As in ``accelerate``.
+        resume: A folder that keeps each layer's solution as soon as it is found; layers that it
+            holds from an earlier call with the same arguments are not solved again.
+        progress: As in ``accelerate``.
     """
     progress = progress or Progress()
     solver = solver_named(solver)
+    decomposition = calibration.decomposition
     plans = {layer.path: layer for layer in plan.layers}
     calls = [call for call in calibration.calls if plans[call.path].decomposition is not None]
     run = AcceleratedRun(
@@ -351,42 +370,57 @@ def reconstruct(
     weights: dict[str, tuple[Weights, ...]] = {}
     errors: dict[str, float] = {}
     seconds = {"calibrate": calibration.seconds, "solve": 0.0}
-    fitting = calibration.fitting
-    for call in calls:
+    for index, call in enumerate(calls, start=1):
         (rank,) = plans[call.path].ranks
+        progress.begin(f"{index}/{len(calls)} {call.path}, rank {rank}", len(calibration.source))
         start = time.perf_counter()
-        progress.begin(f"{call.path} → rank {rank}", len(calibration.source))
-        targets = calibration.targets[call.path]
         inputs = run.responses(calibration.positions[call.path], progress.advance)
         responded = time.perf_counter()
-        fitted = Responses(
-            inputs=_rows((inputs if asymmetric else targets)[fitting]),
-            targets=_rows(targets[fitting]),
-        )
-        try:
-            factorization = solver(fitted, rank, call.activation)
-        except ValueError as error:
-            raise ValueError(f"{call.path}: {error}") from error
-        kept = Responses(inputs=_rows(inputs[~fitting]), targets=_rows(targets[~fitting]))
-        error, energy = objective(kept, factorization, call.activation)
-        errors[call.path] = float(error / energy) if energy > 0 else 0.0
+        solution = None if resume is None else load_solution(resume, call.path, rank)
+        if solution is None:
+            solution = _solve(calibration, call, inputs, rank, solver, asymmetric)
+            if resume is not None:
+                save_solution(resume, call.path, solution)
+        errors[call.path] = solution.response_error
         bias = None if call.layer.bias is None else call.layer.bias[...]
-        weights[call.path] = calibration.decomposition.weights(
-            call.layer.kernel[...], bias, factorization
+        weights[call.path] = decomposition.weights(
+            call.layer.kernel[...], bias, solution.factorization
         )
         solved = time.perf_counter()
-        factors = calibration.decomposition.factors(call.layer, rank)
+        factors = decomposition.factors(call.layer, rank)
         run.replace(FactorizedConv(call.layer, factors, weights[call.path]))
         seconds["calibrate"] += responded - start + time.perf_counter() - solved
         seconds["solve"] += solved - responded
     model = rewrite(calibration.model, plan, weights)
     report = _report(calibration, plan, model, errors, seconds)
     settings = {
-        "solver": dataclasses.asdict(solver) | {"name": type(solver).__name__},
+        "solver": {"name": type(solver).__name__, **dataclasses.asdict(solver)},
         "asymmetric": asymmetric,
         "images": len(calibration.source),
     }
     return Result(model, plan, dataclasses.replace(report, settings=settings))
+
+
+def _solve(
+    calibration: Calibration,
+    call: LayerCall,
+    inputs: np.ndarray,
+    rank: int,
+    solver: Solver,
+    asymmetric: bool,
+) -> Solution:
+    """Fits one layer, and measures the fit on the images that are not used for fitting."""
+    targets, fitting = calibration.targets[call.path], calibration.fitting
+    fitted = Responses(
+        inputs=_rows((inputs if asymmetric else targets)[fitting]), targets=_rows(targets[fitting])
+    )
+    try:
+        factorization = solver(fitted, rank, call.activation)
+    except (ValueError, FloatingPointError) as error:
+        raise type(error)(f"{call.path}: {error}") from error
+    held_out = Responses(inputs=_rows(inputs[~fitting]), targets=_rows(targets[~fitting]))
+    error, energy = objective(held_out, factorization, call.activation)
+    return Solution(factorization, error / energy if energy > 0 else 0.0)
 
 
 def _report(

@@ -1,0 +1,22 @@
+"""Images for calibration and evaluation. ``accel.data.tfds`` needs an extra package."""
+
+from accel.data.bundled import fashion_calibration_images, fashion_test_images
+from accel.data.encoded import EncodedImages
+from accel.data.image_folder import image_folder
+from accel.data.preprocessing import PREPROCESSINGS, preprocess
+from accel.data.source import ArrayImages, LabelledSource, PixelSource
+from accel.data.views import CentreView, RandomWindows
+
+__all__ = [
+    "PREPROCESSINGS",
+    "ArrayImages",
+    "CentreView",
+    "EncodedImages",
+    "LabelledSource",
+    "PixelSource",
+    "RandomWindows",
+    "fashion_calibration_images",
+    "fashion_test_images",
+    "image_folder",
+    "preprocess",
+]

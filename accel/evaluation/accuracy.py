@@ -1,0 +1,92 @@
+"""Top-k accuracy."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from accel.data.source import LabelledSource
+from accel.evaluation.forward import check_finite, forward_function, output_shape, padded
+
+
+def accuracy(
+    model: nnx.Module,
+    source: LabelledSource,
+    *,
+    top: Sequence[int] = (1, 5),
+    batch_size: int = 100,
+) -> dict[str, float]:
+    """The share of images whose class is among the k highest outputs: ``{"top1": …, "top5": …}``.
+
+    Ties are counted as if they were broken by lot: where g outputs are higher than that of the
+    image's class and e are as high (itself included), the image counts
+    ``min(max((k - g)/e, 0), 1)``. A network that answers the same to everything gets k/classes.
+
+    Args:
+        model: The network, called as ``model(images) -> [batch, classes]``; it is not changed.
+        source: Images and labels.
+        top: The k's.
+        batch_size: Images per batch.
+
+    Raises:
+        ValueError: If outputs are NaN or Inf, or labels, classes and outputs do not fit together.
+    """
+    images = len(source)
+    if not images:
+        raise ValueError("accuracy needs one image or more, found none")
+    batch_size = min(batch_size, images)
+    forward, state = forward_function(model)
+    name = type(model).__name__
+
+    @jax.jit
+    def ranks(state, images, labels):
+        """For each image: outputs above the class's own, as high as it, and whether all is well."""
+        logits = forward(state, images)
+        own = jnp.take_along_axis(logits, labels[:, None], axis=1)
+        return (
+            (logits > own).sum(axis=1),
+            (logits == own).sum(axis=1),
+            jnp.isfinite(logits).all(axis=1),
+        )
+
+    correct = np.zeros(len(top))
+    classes = None
+    first = 0
+    for batch, labels in source.labelled_batches(batch_size):
+        if classes is None:
+            classes = _classes(
+                output_shape(forward, state, padded(batch, batch_size), name), name, source, top
+            )
+        if (wrong := (labels < 0) | (labels >= classes)).any():
+            image = int(np.flatnonzero(wrong)[0])
+            raise ValueError(
+                f"label {labels[image]} of image {first + image} is none of {name}'s {classes}"
+                " classes"
+            )
+        higher, equal, finite = (
+            np.asarray(values)[: len(batch)]
+            for values in ranks(state, padded(batch, batch_size), padded(labels, batch_size))
+        )
+        check_finite(finite, first, name)
+        first += len(batch)
+        correct += [np.clip((k - higher) / equal, 0, 1).sum() for k in top]
+    if first != images:
+        raise ValueError(f"the image source has length {images} but gave {first} images")
+    return {f"top{k}": float(share) for k, share in zip(top, correct / images, strict=True)}
+
+
+def _classes(shape: tuple[int, ...], name: str, source: LabelledSource, top: Sequence[int]) -> int:
+    if len(shape) != 2:
+        raise ValueError(f"{name}: expected outputs [batch, classes], found the shape {shape}")
+    classes = shape[1]
+    if source.class_count is not None and source.class_count != classes:
+        raise ValueError(
+            f"{name} tells {classes} classes apart, the images have {source.class_count}"
+        )
+    if wrong := [k for k in top if not 1 <= k <= classes]:
+        raise ValueError(f"top-{wrong[0]} of {classes} classes is not defined")
+    return classes

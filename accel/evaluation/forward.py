@@ -1,0 +1,58 @@
+"""Running a network on batches: in evaluation mode, compiled once, its weights as arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+Forward = Callable[[Any, Any], Any]
+
+
+def forward_function(model: nnx.Module) -> tuple[Forward, nnx.State]:
+    """A pure function ``(state, images) -> outputs`` of a network, and the state to give it.
+
+    The network is run in evaluation mode; ``model`` itself is not changed. Weights are arguments,
+    not constants, so that neither compilation takes longer nor the compiled code more memory.
+    """
+    evaluated = nnx.clone(model)
+    evaluated.eval()
+    graphdef, state = nnx.split(evaluated)
+
+    def forward(state: Any, images: Any) -> Any:
+        return nnx.merge(graphdef, state)(images)
+
+    return forward, state
+
+
+def output_shape(
+    forward: Forward, state: nnx.State, batch: np.ndarray, name: str
+) -> tuple[int, ...]:
+    """Shape of the outputs for a batch of images, found without computing them.
+
+    Raises:
+        ValueError: If the outputs are not one array with a row per image.
+    """
+    outputs = jax.eval_shape(forward, state, batch)
+    if not hasattr(outputs, "shape") or outputs.shape[:1] != batch.shape[:1]:
+        raise ValueError(
+            f"{name}: expected one array of outputs with a row for each of {len(batch)} images,"
+            f" found {outputs}"
+        )
+    return outputs.shape
+
+
+def padded(batch: np.ndarray, batch_size: int) -> np.ndarray:
+    """The batch filled up with zeros to ``batch_size``, so that one compilation serves all."""
+    padding = np.zeros((batch_size - len(batch), *batch.shape[1:]), batch.dtype)
+    return np.concatenate([batch, padding]) if len(padding) else batch
+
+
+def check_finite(finite: np.ndarray, first: int, name: str) -> None:
+    """Raises ValueError where ``finite`` (one a batch's image, from image ``first``) is False."""
+    if not finite.all():
+        image = first + int(np.flatnonzero(~finite)[0])
+        raise ValueError(f"{name}: the outputs for image {image} hold NaN or Inf")

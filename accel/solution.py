@@ -1,0 +1,61 @@
+"""The solution of one layer, and its file: what a run that was stopped does not solve again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from accel.solvers.base import Factorization, SolverInfo
+
+
+class Solution(NamedTuple):
+    """A layer's factorization, and its relative error on rows that were not used for fitting."""
+
+    factorization: Factorization
+    response_error: float
+
+
+def save_solution(folder: Path, path: str, solution: Solution) -> None:
+    """Writes the solution of the layer at ``path`` to a file of its own, whole or not at all."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file = _file(folder, path)
+    partial = file.with_suffix(".partial")
+    reduce, expand, bias, info = solution.factorization
+    with partial.open("wb") as stream:
+        np.savez(
+            stream,
+            reduce=reduce,
+            expand=expand,
+            bias=bias,
+            info=np.asarray(info),
+            response_error=np.asarray(solution.response_error),
+        )
+    partial.replace(file)
+
+
+def load_solution(folder: Path, path: str, rank: int) -> Solution | None:
+    """The solution of the layer at ``path``, or None if there is none yet.
+
+    Raises:
+        ValueError: If there is one for another rank: the folder belongs to another run.
+    """
+    file = _file(folder, path)
+    if not file.exists():
+        return None
+    with np.load(file, allow_pickle=False) as arrays:
+        reduce, expand, bias = (jnp.asarray(arrays[name]) for name in ("reduce", "expand", "bias"))
+        info = SolverInfo(*(float(value) for value in arrays["info"]))
+        response_error = float(arrays["response_error"])
+    if reduce.shape[0] != rank:
+        raise ValueError(
+            f"{path}: {file} holds a solution of rank {reduce.shape[0]}, expected {rank};"
+            " the folder belongs to another run"
+        )
+    return Solution(Factorization(reduce, expand, bias, info), response_error)
+
+
+def _file(folder: Path, path: str) -> Path:
+    return folder / f"{path.replace('/', '.')}.npz"

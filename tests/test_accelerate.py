@@ -1,0 +1,277 @@
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import networks
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+import accel
+from accel.accelerate import calibrate, reconstruct, select_ranks
+from accel.plan import AccelerationPlan, LayerPlan
+from accel.rewrite import FactorizedConv
+
+IMAGES = networks.images(40)
+
+
+def evaluated(model):
+    copy = nnx.clone(model)
+    copy.eval()
+    return copy
+
+
+def arrays_of(model):
+    """Copies of the model's parameters and statistics."""
+    state = nnx.to_pure_dict(nnx.state(model, (nnx.Param, nnx.BatchStat)))
+    return jax.tree.map(np.array, state)
+
+
+def relative_error(model, original, images):
+    expected = evaluated(original)(images)
+    return float(jnp.sum((model(images) - expected) ** 2) / jnp.sum(expected**2))
+
+
+@pytest.fixture(scope="module")
+def calibrations():
+    """One calibration a network, used by all tests that plan for themselves."""
+    return {
+        name: calibrate(networks.network(name), IMAGES, positions_per_image=60)
+        for name in networks.NETWORKS
+    }
+
+
+@pytest.mark.parametrize("solver", ["pca", "reduced_rank_regression", "alternating"])
+@pytest.mark.parametrize("name", networks.NETWORKS)
+def test_at_full_rank_the_accelerated_network_is_the_original(calibrations, name, solver):
+    calibration = calibrations[name]
+    plan = AccelerationPlan(
+        tuple(
+            LayerPlan(call.path, "channel", (call.output.aval.shape[-1],))
+            for call in calibration.calls
+        ),
+        calibration.folded,
+    )
+    result = reconstruct(calibration, plan, solver=solver)
+    images = networks.images(5, seed=99)
+    expected = evaluated(networks.network(name))(images)
+    np.testing.assert_allclose(result.model(images), expected, rtol=2e-4, atol=2e-4)
+
+
+def test_a_users_residual_network_is_accelerated_and_stays_as_it_was():
+    model = networks.network("residual")
+    graph, before = nnx.graphdef(model), arrays_of(model)
+    result = accel.accelerate(model, IMAGES, speedup=2.0, positions_per_image=60)
+
+    assert nnx.graphdef(model) == graph
+    jax.tree.map(np.testing.assert_array_equal, before, arrays_of(model))
+    assert isinstance(result.model, networks.Residual)
+    assert isinstance(result.model.blocks[0].conv1, FactorizedConv)
+    assert result.report.macs["speedup"] >= 2.0
+    assert relative_error(result.model, model, networks.images(20, seed=5)) < 0.05
+
+    # Nothing is shared: what is done to the result is not done to the original.
+    for _, variable in nnx.to_flat_state(nnx.state(result.model, nnx.Param)):
+        variable[...] = jnp.zeros(variable.shape)
+    jax.tree.map(np.testing.assert_array_equal, before, arrays_of(model))
+
+
+def test_the_result_is_jittable_and_trainable():
+    result = accel.accelerate(networks.network("residual"), IMAGES, speedup=1.5)
+    model = result.model
+    jitted = nnx.jit(lambda model, images: model(images))
+    np.testing.assert_allclose(jitted(model, IMAGES), model(IMAGES), rtol=1e-4, atol=1e-4)
+
+    optimizer = nnx.Optimizer(model, optax.adam(3e-3), wrt=nnx.Param)
+    labels = jnp.arange(len(IMAGES)) % 5
+
+    def loss_of(model):
+        logits = model(IMAGES)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+    @nnx.jit
+    def step(model, optimizer):
+        loss, gradients = nnx.value_and_grad(loss_of)(model)
+        optimizer.update(model, gradients)
+        return loss
+
+    first = step(model, optimizer)
+    for _ in range(15):
+        last = step(model, optimizer)
+    assert last < 0.9 * first
+
+
+def test_more_speedup_costs_more_error_and_reaches_its_macs():
+    model = networks.network("chain")
+    errors = []
+    for speedup in (1.2, 1.5, 2.0, 3.0):
+        result = accel.accelerate(model, IMAGES, speedup=speedup, positions_per_image=60)
+        macs = result.report.macs
+        assert macs["accelerated"] <= macs["original"] / speedup
+        assert macs["speedup"] == macs["original"] / macs["accelerated"]
+        errors.append(relative_error(result.model, model, networks.images(30, seed=11)))
+    assert errors == sorted(errors)
+
+
+def test_the_macs_of_the_report_add_up():
+    report = accel.accelerate(networks.network("concatenating"), IMAGES, 1.5).report
+    assert report.macs["original"] == sum(layer.macs_original for layer in report.layers)
+    assert report.macs["accelerated"] == sum(layer.macs_accelerated for layer in report.layers)
+    # 14 × 14 positions; 3×3 and 5×5 kernels; 3 → 8, 3 → 12, 20 → 8 and 20 → 12 channels.
+    assert report.macs["original"] == 196 * (9 * 3 * 8 + 25 * 3 * 12 + 9 * 20 * 8 + 25 * 20 * 12)
+    assert json.loads(report.to_json())["macs"]["original"] == report.macs["original"]
+
+
+def test_asymmetric_reconstruction_beats_symmetric_and_nonlinear_beats_linear(calibrations):
+    """The orderings of the paper, on images that nothing was fitted to; averaged over speedups."""
+    calibration = calibrations["chain"]
+    errors = {}
+    held_out = networks.images(60, seed=21)
+    for solver in ("reduced_rank_regression", "alternating"):
+        for asymmetric in (False, True):
+            total = 0.0
+            for speedup in (1.5, 2.0, 2.5):
+                plan = select_ranks(calibration, speedup)
+                result = reconstruct(calibration, plan, solver=solver, asymmetric=asymmetric)
+                total += relative_error(result.model, calibration.model, held_out)
+            errors[solver, asymmetric] = total
+    assert errors["alternating", True] < errors["alternating", False]
+    assert errors["reduced_rank_regression", True] < errors["reduced_rank_regression", False]
+    assert errors["alternating", True] < errors["reduced_rank_regression", True]
+
+
+def test_the_same_seed_gives_the_same_result_and_another_seed_another():
+    model = networks.network("chain")
+    first, again, other = (
+        nnx.state(accel.accelerate(model, IMAGES, 1.5, positions_per_image=5, seed=seed).model)
+        for seed in (0, 0, 1)
+    )
+    jax.tree.map(np.testing.assert_array_equal, first, again)
+    assert not np.array_equal(first["first"]["factors"][0]["kernel"][...],
+                              other["first"]["factors"][0]["kernel"][...])
+
+
+def test_rules_leave_layers_alone_or_fix_their_rank():
+    rules = {"blocks/*": 3, "blocks/2/*": "dense"}
+    plan = accel.accelerate(networks.network("residual"), IMAGES, 1.4, rules=rules).plan
+    ranks = {layer.path: layer.ranks for layer in plan.layers}
+    assert ranks["blocks/0/conv1"] == ranks["blocks/1/conv2"] == (3,)
+    assert ranks["blocks/2/conv1"] == ranks["blocks/2/conv2"] == ()
+
+
+class Grouped(nnx.Module):
+    def __init__(self, rngs):
+        self.grouped = nnx.Conv(3, 12, (3, 3), feature_group_count=3, rngs=rngs)
+        self.shared = nnx.Conv(12, 12, (3, 3), rngs=rngs)
+        self.plain = nnx.Conv(12, 12, (3, 3), rngs=rngs)
+
+    def __call__(self, x):
+        return self.plain(self.shared(self.shared(self.grouped(x))))
+
+
+def test_what_cannot_be_decomposed_stays_dense_with_the_reason_in_the_report():
+    model = Grouped(nnx.Rngs(0))
+    report = accel.accelerate(model, IMAGES, 1.1).report
+    reasons = {layer.path: layer.reason for layer in report.layers}
+    assert reasons == {
+        "grouped": "grouped convolution (3 groups)",
+        "shared": "called 2 times with the same weights",
+        "plain": "",
+    }
+    # A layer that is called twice costs twice.
+    assert report.macs["original"] == 196 * (9 * 1 * 12 + 2 * 9 * 12 * 12 + 9 * 12 * 12)
+
+
+def test_layers_of_reduced_precision_keep_it():
+    class Half(nnx.Module):
+        def __init__(self, rngs):
+            self.conv = nnx.Conv(3, 12, (3, 3), dtype=jnp.bfloat16, rngs=rngs)
+            self.last = nnx.Conv(
+                12, 8, (3, 3), dtype=jnp.bfloat16, param_dtype=jnp.bfloat16, rngs=rngs
+            )
+
+        def __call__(self, x):
+            return self.last(nnx.relu(self.conv(x)))
+
+    model = Half(nnx.Rngs(0))
+    # Ranks close to full, so that what is lost is mostly lost to the eight bits of bfloat16.
+    rules = {"conv": "dense", "last": 6}
+    result = accel.accelerate(model, IMAGES, 1.04, rules=rules)
+    assert result.model(IMAGES).dtype == jnp.bfloat16
+    assert result.model.last.factors[0].kernel.dtype == jnp.bfloat16
+    assert relative_error(result.model, model, IMAGES) < 0.05
+
+
+def bad(**arguments):
+    return lambda: accel.accelerate(
+        arguments.pop("model", networks.network("chain")),
+        arguments.pop("images", IMAGES),
+        **({"speedup": 2.0} | arguments),
+    )
+
+
+def broken_network():
+    model = networks.network("chain")
+    model.even.kernel[0, 0, 0, 0] = np.nan
+    return model
+
+
+class NoConvolution(nnx.Module):
+    def __call__(self, x):
+        return x
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (bad(speedup=0.5), "speedup must be a finite number above 1, found 0.5"),
+        (bad(speedup=1000.0), "largest reachable speedup is"),
+        (bad(solver="magic"), "unknown solver 'magic'; known: pca"),
+        (bad(rank_selection="magic"), "unknown rank selection 'magic'"),
+        (bad(decomposition="magic"), "unknown decomposition 'magic'; known: channel"),
+        (bad(rules={"nothing*": "dense"}), r"rule 'nothing\*' matches no layer"),
+        (bad(images=IMAGES[:1]), "needs 2 images or more, found 1"),
+        (bad(images=IMAGES.at[3].set(jnp.nan)), "image 3 holds NaN or Inf"),
+        (bad(images=IMAGES[..., :2]), r"Chain cannot be called with images of shape \(16, 14, 14, 2"),
+        (bad(positions_per_image=0), "1 or more, found 0"),
+        (bad(model=broken_network()), "even/kernel: the parameter holds NaN or Inf"),
+        (bad(model=NoConvolution()), "NoConvolution has no convolution to accelerate"),
+    ],
+)
+def test_bad_input_is_named(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_memory_stays_under_what_was_stated():
+    report = accel.accelerate(networks.network("chain"), IMAGES, 1.5).report
+    assert report.memory["measured_peak_bytes"] < report.memory["stated_peak_bytes"]
+
+
+def test_a_run_that_was_stopped_goes_on_where_it_was(calibrations, tmp_path):
+    calibration = calibrations["chain"]
+    plan = select_ranks(calibration, 2.0)
+    whole = reconstruct(calibration, plan)
+
+    class Stop(Exception):
+        pass
+
+    class StopsAtThirdLayer(accel.Progress):
+        layers = 0
+
+        def begin(self, description, total):
+            self.layers += 1
+            if self.layers == 3:
+                raise Stop
+
+    with pytest.raises(Stop):
+        reconstruct(calibration, plan, progress=StopsAtThirdLayer(), resume=tmp_path)
+    assert len(list(tmp_path.iterdir())) == 2
+    resumed = reconstruct(calibration, plan, resume=tmp_path)
+    jax.tree.map(
+        np.testing.assert_array_equal, nnx.state(whole.model), nnx.state(resumed.model)
+    )
+    strip = lambda report: [dataclasses.asdict(layer) for layer in report.layers]  # noqa: E731
+    assert strip(whole.report) == strip(resumed.report)
