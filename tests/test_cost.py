@@ -124,9 +124,7 @@ class TestConvolutions:
 
     @pytest.mark.parametrize("padding", ["SAME", "CIRCULAR", [(1, 1), (1, 1)]])
     def test_taps_on_padding_count(self, padding):
-        model = nnx.eval_shape(
-            lambda: nnx.Conv(4, 6, (3, 3), padding=padding, rngs=nnx.Rngs(0))
-        )
+        model = nnx.eval_shape(lambda: nnx.Conv(4, 6, (3, 3), padding=padding, rngs=nnx.Rngs(0)))
         assert count_conv_macs(model, IMAGES) == {"": 8 * 8 * 3 * 3 * 4 * 6}
 
     def test_transposed_with_padding_counts_its_input_positions(self):

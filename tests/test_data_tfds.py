@@ -60,8 +60,13 @@ def data_dir(tmp_path_factory):
     return folder
 
 
+def names_of(source):
+    names = [source.pictures[index].name for index in range(len(source.pictures))]
+    return [name.partition("(")[2].removesuffix(".JPEG)") for name in names]
+
+
 def expected_images(source):
-    levels = [PICTURES[picture.name.split("(")[1][:2]][0] for picture in source.pictures]
+    levels = [PICTURES[name][0] for name in names_of(source)]
     return np.stack([np.full((224, 224, 3), level, np.uint8) for level in levels])
 
 
@@ -74,7 +79,7 @@ def test_images_and_labels_are_those_that_were_written(data_dir):
     images = np.concatenate([batch for batch, _ in batches])
     np.testing.assert_array_equal(images, preprocess(expected_images(source), "caffe"))
     labels = np.concatenate([given for _, given in batches]).tolist()
-    names = [picture.name.split("(")[1][:2] for picture in source.pictures]
+    names = names_of(source)
     assert labels == [PICTURES[name][1] for name in names]
     assert sorted(names) == sorted(PICTURES)
 

@@ -3,6 +3,7 @@
 import itertools
 import math
 import time
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -260,34 +261,29 @@ class TestUniform:
             assert large[path] is None or (small[path] is not None and small[path] <= large[path])
 
     @settings(max_examples=60, deadline=None)
-    @given(problem=problems(largest_width=8, rules=False))
-    def test_one_fraction_for_all_and_no_larger_one(self, problem):
-        ranks = uniform(problem)
-        steps = {
-            (choices.path, rank): rank * choices.macs_per_rank / choices.dense_macs
+    @given(problem=problems(largest_width=8, rules=False), between=st.floats(0, 1))
+    def test_largest_fraction_that_fits(self, problem, between):
+        def at(fraction):
+            ranks = {}
+            for choices in problem.layers:
+                allowed = [
+                    rank
+                    for rank in range(1, choices.width + 1)
+                    if cost(choices, rank) <= fraction * choices.dense_macs
+                ]
+                rank = max(allowed, default=1)
+                pays = fraction < 1 and cost(choices, rank) < choices.dense_macs
+                ranks[choices.path] = rank if pays else None
+            return ranks
+
+        steps = [
+            Fraction(cost(choices, rank), choices.dense_macs)
             for choices in problem.layers
             for rank in range(1, choices.width + 1)
-            if cost(choices, rank) < choices.dense_macs
-        }
-        paying = {path for path, _ in steps}
-        reached = [steps[path, rank] for path, rank in ranks.items() if rank and rank > 1]
-        coming = {
-            path: steps.get((path, rank + 1), 1.0) for path, rank in ranks.items() if rank is not None
-        }
-        if not paying or all(ranks[path] is None for path in paying):
-            return
-        # Between what was reached and what comes next lies the one fraction.
-        full = {c.path for c in problem.layers if ranks[c.path] == c.width}
-        next_fraction = min(
-            (f for path, f in coming.items() if path not in full), default=1.0
-        )
-        assert max(reached, default=0.0) <= next_fraction
-        gaining = {path for path, f in coming.items() if f == next_fraction and path not in full}
-        dearer = {
-            path: (rank or 0) + 1 if path in gaining else rank for path, rank in ranks.items()
-        }
-        if gaining:
-            assert problem.macs(problem.complete(dearer)) > problem.budget_macs
+        ]
+        fractions = [0, Fraction(between), *(step for step in steps if step < 1), 1]
+        fitting = [f for f in fractions if problem.macs(at(f)) <= problem.budget_macs]
+        assert uniform(problem) == at(max(fitting))
 
 
 class TestGreedy:
@@ -497,7 +493,7 @@ class TestRules:
             apply_rules(self.WIDTHS, {"*": 8, pattern: "dense"})
 
     def test_rank_above_the_width(self):
-        with pytest.raises(ValueError, match="blocks/0/conv2: .*33.* 32"):
+        with pytest.raises(ValueError, match=r"blocks/0/conv2: .*33.* 32"):
             apply_rules(self.WIDTHS, {"*": 33})
         widened = {"*": 33, "blocks/*": "dense"}
         assert apply_rules(self.WIDTHS, widened)["conv1_1"] == 33

@@ -137,8 +137,7 @@ def test_other_floating_types_become_float32(dtype, plain, tmp_path):
 
 
 def test_the_network_is_the_one_its_spec_builds(tmp_path):
-    """Same structure, types and dropout keys as a built one in evaluation mode; not one tensor of it
-    is shared with another load."""
+    """The same structure, types and dropout keys as a built one in evaluation mode."""
     values = vgg_files.random_weights(batch_norm=True)
     save_file(vgg_files.native(values), tmp_path / "a.safetensors")
     loaded = weights.load(tmp_path / "a.safetensors", BATCH_NORM_SPEC)

@@ -6,6 +6,7 @@ import os
 import pickle
 import sys
 
+import h5py
 import numpy as np
 import onnx
 import pytest
@@ -104,7 +105,9 @@ def test_a_body_ignores_the_classifier_and_nothing_else(plain, tmp_path):
 
 def test_network_of_another_depth(plain, tmp_path):
     layers = vgg_files.keras_layers(plain)
-    deeper = layers | {"block3_conv4": layers["block3_conv3"]}
+    names = list(layers)
+    names.insert(names.index("block3_conv3") + 1, "block3_conv4")
+    deeper = {name: layers.get(name, layers["block3_conv3"]) for name in names}
     vgg_files.write_keras_2(tmp_path / "deep.h5", deeper)
     with pytest.raises(WeightError, match=r"found besides: block3_conv4/kernel"):
         weights.load(tmp_path / "deep.h5", BODY_SPEC)
@@ -120,8 +123,6 @@ def test_network_of_another_depth(plain, tmp_path):
 
 def test_keras_batch_norm_between_convolutions_is_not_passed_over(plain, tmp_path):
     vgg_files.write_keras_3(tmp_path / "a.h5", vgg_files.keras_layers(plain))
-    import h5py
-
     with h5py.File(tmp_path / "a.h5", "a") as file:
         file.create_dataset("layers/batch_normalization/vars/0", data=np.ones(64, np.float32))
     with pytest.raises(WeightError, match=r"found besides: batch_normalization/0 \(shape \(64,\)"):
@@ -174,11 +175,9 @@ def test_content_of_another_kind(suffix, tmp_path):
 
 
 def test_hdf5_that_is_not_of_keras(tmp_path):
-    import h5py
-
     with h5py.File(tmp_path / "a.h5", "w") as file:
         file.create_dataset("measurements", data=np.zeros(3))
-    with pytest.raises(WeightError, match="not a weight file of Keras: expected .*'layer_names'"):
+    with pytest.raises(WeightError, match=r"not a weight file of Keras: expected .*'layer_names'"):
         weights.read(tmp_path / "a.h5")
 
 
@@ -235,12 +234,19 @@ def _branch(graph):
     graph.nodes[2].input[0] = graph.nodes[0].output[0]
 
 
-def _computed_weight(graph):
-    weight = graph.nodes[2].input[1]
+def _quantised_weight(graph):
+    weight = graph.nodes[0].input[1]
     (stored,) = [tensor for tensor in graph.initializers if tensor.name == weight]
-    stored.name = "stored"
-    graph.nodes.insert(0, helper.make_node("Neg", ["stored"], [weight]))
-    graph.nodes.insert(3, graph.nodes.pop(0))
+    stored.CopyFrom(numpy_helper.from_array(np.zeros((64, 3, 3, 3), np.int8), "quantised"))
+    graph.initializers.append(numpy_helper.from_array(np.float32(0.1), "scale"))
+    node = helper.make_node("DequantizeLinear", ["quantised", "scale"], [weight])
+    graph.nodes.insert(0, node)
+
+
+def _weights_left_out(graph):
+    (weight,) = [t for t in graph.initializers if t.name == "features.2.weight"]
+    graph.initializers.remove(weight)
+    graph.inputs.append(helper.make_tensor_value_info(weight.name, weight.data_type, weight.dims))
 
 
 def _batch_norm(graph):
@@ -263,7 +269,8 @@ GRAPH_FAULTS = {
     "normalised images": (_normalise_images, "expected one of Conv.*found Sub"),
     "batch norm": (_batch_norm, "expected one of Conv.*found BatchNormalization"),
     "branch": (_branch, "expected a chain"),
-    "computed weight": (_computed_weight, "Neg|expected its kernel"),
+    "quantised": (_quantised_weight, "expected one of Conv.*found DequantizeLinear"),
+    "weights left out": (_weights_left_out, r"expected its kernel 'features\.2\.weight'"),
 }
 
 
@@ -319,7 +326,7 @@ def test_pickle_that_runs_code_is_refused(tmp_path):
     torch = pytest.importorskip("torch")
     folder = str(tmp_path / "made")
     torch.save({"features.0.weight": RunsCode(folder)}, tmp_path / "a.pth")
-    (tmp_path / "b.pth").write_bytes(pickle.dumps(RunsCode(folder)))
+    (tmp_path / "b.pth").write_bytes(pickle.dumps(RunsCode(folder), protocol=2))
     for name in ("a.pth", "b.pth"):
         with pytest.raises(WeightError, match=f"{name}: .*its pickle would run code"):
             weights.load(tmp_path / name, SPEC)

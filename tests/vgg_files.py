@@ -246,7 +246,7 @@ class Graph:
     """An ONNX graph under construction: a chain of nodes and its weights."""
 
     def __init__(self, input_name: str, shape: list[int | str]):
-        self.input = helper.make_tensor_value_info(input_name, TensorProto.FLOAT, shape)
+        self.inputs = [helper.make_tensor_value_info(input_name, TensorProto.FLOAT, shape)]
         self.nodes: list[onnx.NodeProto] = []
         self.initializers: list[onnx.TensorProto] = []
         self.last = input_name
@@ -258,15 +258,15 @@ class Graph:
         self.last = output
 
     def save(self, path: Path) -> None:
-        output = helper.make_tensor_value_info(self.last, TensorProto.FLOAT, None)
-        graph = helper.make_graph(self.nodes, "graph", [self.input], [output], self.initializers)
+        output = helper.make_tensor_value_info(self.last, TensorProto.FLOAT, ["batch", CLASSES])
+        graph = helper.make_graph(self.nodes, "graph", self.inputs, [output], self.initializers)
         model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8)
         onnx.checker.check_model(model)
         onnx.save(model, path)
 
 
 def torch_graph(weights: Weights, *, named: bool = True) -> Graph:
-    """As PyTorch exports torchvision's VGG; weights keep their names unless batch norm is folded."""
+    """As PyTorch exports torchvision's VGG; with batch norm folded, weights lose their names."""
     graph = Graph("input.1", ["batch", 3, 16, 16])
     for stage, names in enumerate(STAGES):
         for name in names:

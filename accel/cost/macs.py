@@ -180,7 +180,9 @@ def _walk(jaxpr: jex.Jaxpr, path: Path, paths: Sequence[Path], counted: Counted)
             continue
         inner = [_walk(body, here, paths, counted) for body in _bodies(equation)]
         if name == "while" and any(inner):
-            where = ", ".join(repr(path) for path in dict.fromkeys(p for body in inner for p in body))
+            where = ", ".join(
+                repr(path) for path in dict.fromkeys(p for body in inner for p in body)
+            )
             raise ValueError(
                 f"the MACs of {where} cannot be counted: they are inside a while_loop, whose number"
                 " of passes is not known before it runs"

@@ -5,10 +5,9 @@ from __future__ import annotations
 import dataclasses
 import io
 import os
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from PIL import Image
@@ -24,6 +23,14 @@ class EncodedPicture(NamedTuple):
     name: str
     content: Path | bytes
     label: int | None
+
+
+class Pictures(Protocol):
+    """Pictures by number, which may be read when they are asked for: a list, a file's records."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> EncodedPicture: ...
 
 
 def decode(picture: EncodedPicture) -> Image.Image:
@@ -46,14 +53,13 @@ class EncodedImages(PixelSource):
     """Views of encoded pictures, decoded by as many threads as there are cores.
 
     Attributes:
-        pictures: The pictures; their items may be read when they are asked for. Each picture's
-            views follow one another.
+        pictures: The pictures; the views of each follow one another.
         preprocessing: A name of ``PREPROCESSINGS`` for RGB images.
         viewer: Which part of a picture is an image.
         class_count: Number of classes, or None where it is not known.
     """
 
-    pictures: Sequence[EncodedPicture]
+    pictures: Pictures
     preprocessing: str
     viewer: Viewer
     class_count: int | None = None

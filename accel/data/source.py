@@ -83,6 +83,10 @@ class PixelSource(abc.ABC):
         pixels, labels = self.read(0, len(self))
         return ArrayImages(pixels, self.preprocessing, labels, self.class_count)
 
+    def first(self, count: int) -> PixelSource:
+        """The first ``count`` of the images, or all if there are fewer."""
+        return FirstImages(self, min(count, len(self)))
+
     def _read_batches(self, batch_size: int) -> Iterator[tuple[np.ndarray, LabelBatch | None]]:
         if batch_size < 1:
             raise ValueError(f"batch_size is 1 or more, found {batch_size}")
@@ -135,6 +139,32 @@ class ArrayImages(PixelSource):
     def read(self, start: int, stop: int) -> tuple[np.ndarray, LabelBatch | None]:
         labels = None if self.labels is None else self.labels[start:stop].astype(np.int32)
         return self.pixels[start:stop], labels
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class FirstImages(PixelSource):
+    """The first ``count`` images of a source."""
+
+    source: PixelSource
+    count: int
+
+    @property
+    def preprocessing(self) -> str:
+        return self.source.preprocessing
+
+    @property
+    def class_count(self) -> int | None:
+        return self.source.class_count
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        return self.source.image_shape
+
+    def __len__(self) -> int:
+        return self.count
+
+    def read(self, start: int, stop: int) -> tuple[np.ndarray, LabelBatch | None]:
+        return self.source.read(start, stop)
 
 
 def check_labels(labels: Integer[np.ndarray, " images"], class_count: int | None) -> None:

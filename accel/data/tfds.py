@@ -7,9 +7,8 @@ only. Needs the extra ``accel[tfds]``.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 import tensorflow_datasets
 
@@ -17,7 +16,7 @@ from accel.data.encoded import EncodedImages, EncodedPicture
 from accel.data.views import CentreView, Viewer
 
 
-class _Records(Sequence[EncodedPicture]):
+class _Records:
     """The records of a split as pictures, read one by one as they are asked for."""
 
     def __init__(self, records: Any, description: str):
@@ -27,13 +26,10 @@ class _Records(Sequence[EncodedPicture]):
     def __len__(self) -> int:
         return len(self.records)
 
-    @overload
-    def __getitem__(self, index: int) -> EncodedPicture: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[EncodedPicture]: ...
-    def __getitem__(self, index: int | slice) -> EncodedPicture | Sequence[EncodedPicture]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
+    def __getitem__(self, index: int, /) -> EncodedPicture:
+        # What iterates by index is told of the end by this error, not by that of the records.
+        if not 0 <= index < len(self):
+            raise IndexError(index)
         record = self.records[index]
         name = f"{self.description}, record {index}"
         if "file_name" in record:

@@ -6,13 +6,13 @@ multiplier λ ≥ 0 every selection of summed cost C has
 
     loss = bound(λ) + excess + λ (B - C),      bound(λ) = Σ_l min_j (loss_lj + λ cost_lj) - λ B,
 
-where excess ≥ 0 sums how far each chosen candidate is above its layer's minimum. So a selection that
-fits and is within ``gap`` of the bound has an excess of at most ``gap``, and every partial selection
-of it too. All of those are listed, layer by layer, keeping of the partial selections only those that
-no other undercuts in both cost and loss. If a whole selection within the gap turns up, the best of
-them is the optimum; if not, the gap is widened. Near the best λ the gap is tiny, and so are the
-lists. Exact up to float64 rounding. Kellerer, Pferschy, Pisinger, *Knapsack Problems* (2004),
-chapter 11 (bounds, reduced costs, dynamic programming with lists).
+where excess ≥ 0 sums how far each chosen candidate is above its layer's minimum. So a selection
+that fits and is within ``gap`` of the bound has an excess of at most ``gap``, and so has every part
+of it. All of those are listed, layer by layer, keeping of the partial selections only those that no
+other undercuts in both cost and loss. If a whole selection within the gap turns up, the best of them
+is the optimum; if not, the gap is widened. Near the best λ the gap is tiny, and so are the lists.
+Exact up to float64 rounding. Kellerer, Pferschy, Pisinger, *Knapsack Problems* (2004), chapter 11
+(bounds, reduced costs, dynamic programming with lists).
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from jaxtyping import Float64, Int64
 
 from accel.rank_selection.problem import LayerChoices, RankProblem, Ranks
 
-# Sums of a hundred losses of magnitude 1 to 10 carry a rounding error of about 1e-14; excesses below
-# this are taken for zero, so that rounding cannot shut out the optimum.
+# Sums of a hundred losses of magnitude 1 to 10 carry a rounding error of about 1e-13; excesses
+# below this are taken for zero, so that rounding cannot shut out the optimum.
 ROUNDING = 1e-12
 
 
@@ -83,9 +83,7 @@ def _solve(fronts: list[_Front], budget: int) -> list[int]:
     # wide enough. The optimum is mostly much closer.
     largest_gap = multiplier * slack
     gap = largest_gap / 1024
-    while (
-        selection := _best_within(fronts, excesses, multiplier, budget, gap + ROUNDING)
-    ) is None:
+    while (selection := _best_within(fronts, excesses, multiplier, budget, gap + ROUNDING)) is None:
         gap = min(4 * gap, largest_gap)
     return selection
 
@@ -103,10 +101,14 @@ def _best_multiplier(fronts: list[_Front], budget: int) -> tuple[float, list[int
         return chosen, sum(int(f.cost[i]) for f, i in zip(fronts, chosen, strict=True))
 
     # Beyond the steepest step of any front the cheapest candidates are chosen, and they fit.
-    low, high = 0.0, 2 * max(
-        float((-np.diff(front.loss) / np.diff(front.cost)).max())
-        for front in fronts
-        if len(front.cost) > 1
+    low, high = (
+        0.0,
+        2
+        * max(
+            float((-np.diff(front.loss) / np.diff(front.cost)).max())
+            for front in fronts
+            if len(front.cost) > 1
+        ),
     )
     while low < (middle := (low + high) / 2) < high:
         if select(middle)[1] <= budget:

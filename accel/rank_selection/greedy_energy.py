@@ -1,8 +1,8 @@
 """Greedy ranks: from full rank, always drop the eigenvalue with the least (ΔE/E)/ΔC.
 
-ΔE/E = σ_{d'} / Σ_{a≤d'} σ_a is the part of its layer's energy that the last kept eigenvalue holds and
-ΔC = m the MACs of one rank. Dropping ends as soon as Σ min(d'_l m_l, D_l) fits the budget. Zhang et
-al., arXiv:1505.06798, section 3.4.
+ΔE/E = σ_{d'} / Σ_{a≤d'} σ_a is the part of its layer's energy that the last kept eigenvalue holds,
+and ΔC = m the MACs of one rank. Dropping ends as soon as Σ min(d'_l m_l, D_l) fits the budget. Zhang
+et al., arXiv:1505.06798, on rank selection for the whole model.
 
 What is left of the budget (less than the MACs of one rank) is not spent on other layers: the paper
 does not, and ``exact_energy`` is there for whoever wants the last of it.
@@ -21,7 +21,9 @@ def greedy_energy(problem: RankProblem) -> Ranks:
     ranks: Ranks = {path: layer.width for path, layer in layers.items()}
     excess = problem.macs(problem.complete(ranks)) - problem.budget_macs
     heap = [
-        (_loss_per_mac(layer, layer.width), path) for path, layer in layers.items() if layer.width > 1
+        (_loss_per_mac(layer, layer.width), path)
+        for path, layer in layers.items()
+        if layer.width > 1
     ]
     heapq.heapify(heap)
     while excess > 0:
@@ -37,5 +39,5 @@ def greedy_energy(problem: RankProblem) -> Ranks:
 def _loss_per_mac(layer: LayerChoices, rank: int) -> float:
     energy = layer.energies[rank - 1]
     # A layer without energy has nothing to lose: its ranks are the first to go.
-    share = (energy and layer.spectrum[rank - 1] / layer.spectrum[0] / energy)
+    share = energy and layer.spectrum[rank - 1] / layer.spectrum[0] / energy
     return float(share) / layer.macs_per_rank

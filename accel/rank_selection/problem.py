@@ -4,9 +4,9 @@ maximise    Π_l  E_l(d'_l) / E_l(d_l),    E_l(r) = Σ_{a≤r} σ_{l,a}
 subject to  Σ_l  min(d'_l · m_l, D_l)  ≤  budget - other
 
 with σ_{l,a} the eigenvalues of layer l's response covariance in descending order, m_l the MACs of
-one rank of the decomposed layer and D_l those of the original. A layer whose d'_l · m_l is not below
-D_l stays dense, at no loss of energy. Zhang et al., arXiv:1505.06798, section 3.4, equation 14; there
-the cost of d' is (d'/d) D, here it is what the decomposed layer really costs.
+one rank of the decomposed layer and D_l those of the original. A layer whose d'_l · m_l is not
+below D_l stays dense, at no loss of energy. Zhang et al., arXiv:1505.06798, on rank selection for
+the whole model; there the cost of d' is (d'/d) D, here it is what the decomposed layer really costs.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class LayerChoices:
     spectrum: Float64[np.ndarray, " d"]
     dense_macs: int
     macs_per_rank: int
-    fixed: None | Literal["dense"] | int = None
+    fixed: Literal["dense"] | int | None = None
 
     def __post_init__(self):
         spectrum = np.asarray(self.spectrum, np.float64)
@@ -61,8 +61,8 @@ class LayerChoices:
             raise ValueError(f"{self.path}: the spectrum has NaN or infinite eigenvalues")
         if spectrum.min() < -NEGATIVE_TOLERANCE * max(spectrum[0], 0.0):
             raise ValueError(
-                f"{self.path}: the spectrum has a negative eigenvalue, {spectrum.min():.3g} beside a"
-                f" largest of {spectrum[0]:.3g}"
+                f"{self.path}: the spectrum has a negative eigenvalue, {spectrum.min():.3g} beside"
+                f" a largest of {spectrum[0]:.3g}"
             )
         if (np.diff(spectrum) > 0).any():
             raise ValueError(f"{self.path}: the eigenvalues must be in descending order")
@@ -71,8 +71,8 @@ class LayerChoices:
                 raise ValueError(f"{self.path}: MACs ({name}) must be at least 1, found {macs}")
         if isinstance(self.fixed, int) and not 1 <= self.fixed <= spectrum.size:
             raise ValueError(
-                f"{self.path}: a fixed rank must be between 1 and the layer's width {spectrum.size},"
-                f" found {self.fixed}"
+                f"{self.path}: a fixed rank must be between 1 and the layer's width"
+                f" {spectrum.size}, found {self.fixed}"
             )
         object.__setattr__(self, "spectrum", np.maximum(spectrum, 0.0))
 
@@ -105,12 +105,14 @@ class LayerChoices:
         return rank if rank is not None and rank <= self.largest_rank else None
 
     def macs(self, rank: int | None) -> int:
-        """MACs per image at a rank (None: as it is); never more than those of the layer as it is."""
-        return self.dense_macs if self.choice(rank) is None else rank * self.macs_per_rank
+        """MACs per image at a rank (None: dense), never more than those of the dense layer."""
+        chosen = self.choice(rank)
+        return self.dense_macs if chosen is None else chosen * self.macs_per_rank
 
     def log_energy(self, rank: int | None) -> float:
         """log(E(rank)/E(d)); 0 for None (dense)."""
-        return 0.0 if self.choice(rank) is None else float(self.log_energies[rank - 1])
+        chosen = self.choice(rank)
+        return 0.0 if chosen is None else float(self.log_energies[chosen - 1])
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -1,10 +1,10 @@
 """Uniform ranks: every free layer keeps the same fraction of its own MACs.
 
-d'_l = max(1, ⌊f · D_l / m_l⌋) with the largest f for which the network fits the budget. The baseline
-of Zhang et al., arXiv:1505.06798, without rank selection.
+d'_l = max(1, ⌊f · D_l / m_l⌋) with the largest f for which the network fits the budget. The
+baseline of Zhang et al., arXiv:1505.06798, without rank selection.
 
-Layers of one shape gain a rank at the same fraction, all or none of them, so up to one rank of each of
-them can be left of the budget. It is not spent: ranks would then differ between equal layers.
+Layers of one shape gain a rank at the same fraction, all or none of them, so up to one rank of each
+of them can be left of the budget. It is not spent: ranks would then differ between equal layers.
 """
 
 from __future__ import annotations

@@ -47,9 +47,9 @@ def load(path: str | os.PathLike[str], spec: ModelSpec) -> VGG:
     random_state = jax.jit(lambda: nnx.state(spec.build(), nnx.RngState))()
 
     variables = {
-        ".".join(map(str, key)): variable for key, variable in nnx.to_flat_state(parameters)
+        ".".join(map(str, key)): (key, variable) for key, variable in nnx.to_flat_state(parameters)
     }
-    shapes = {name: variable.shape for name, variable in variables.items()}
+    shapes = {name: variable.shape for name, (_, variable) in variables.items()}
     tensors = read(path)
     naming = recognise(model, shapes, tensors)
     if naming is None:

@@ -86,15 +86,15 @@ def _body_weights(
     path: Path, nodes: Sequence[Node], stored: Mapping[str, np.ndarray]
 ) -> Iterator[tuple[str, np.ndarray]]:
     for previous, node in zip((None, *nodes), nodes, strict=False):
-        if previous is not None and previous.name not in node.inputs:
-            raise WeightError(
-                f"{path}: node {node.name!r}: expected a chain of nodes up to the last "
-                f"convolution, found one that does not follow {previous.name!r}"
-            )
         if node.kind not in BODY:
             raise WeightError(
                 f"{path}: node {node.name!r}: expected one of {', '.join(BODY)} before the last "
                 f"convolution, found {node.kind}"
+            )
+        if previous is not None and previous.name not in node.inputs:
+            raise WeightError(
+                f"{path}: node {node.name!r}: expected a chain of nodes up to the last "
+                f"convolution, found one that does not follow {previous.name!r}"
             )
         attributes = node.attributes
         if node.kind == "Conv" and attributes.get("auto_pad") in (b"SAME_UPPER", b"SAME_LOWER"):
@@ -112,8 +112,8 @@ def _body_weights(
         for role, weight in zip(("kernel", "bias"), node.inputs[1:], strict=False):
             if weight not in stored:
                 raise WeightError(
-                    f"{path}: Conv node {node.name!r}: expected its {role} {weight!r} among the "
-                    "stored tensors, found it computed in the graph"
+                    f"{path}: Conv node {node.name!r}: expected its {role} {weight!r} in the "
+                    "file, found no tensor of that name (the graph was exported without weights)"
                 )
             axes = (2, 3, 1, 0) if role == "kernel" else (0,)
             yield f"{node.name}/{role}", stored[weight].transpose(axes)

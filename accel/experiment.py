@@ -1,0 +1,325 @@
+"""Experiments: everything from a network and images to a folder of results, as one piece of data.
+
+An experiment is a frozen dataclass, so that it can be written in a file, changed field by field from
+the command line, and recorded beside what it gave. ``run`` carries it out.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+import time
+from collections.abc import Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Literal
+
+from flax import nnx
+
+from accel.accelerate import Result, accelerate
+from accel.benchmark import latency
+from accel.checkpoint import load_model, save_model
+from accel.data import (
+    CentreView,
+    PixelSource,
+    RandomWindows,
+    fashion_calibration_images,
+    fashion_test_images,
+    image_folder,
+)
+from accel.evaluation import accuracy, compare_outputs
+from accel.models import ModelSpec
+from accel.progress import Progress
+from accel.weights import load
+
+BUNDLED = "bundled"
+
+
+@dataclasses.dataclass(frozen=True)
+class BundledImages:
+    """Images of Fashion-MNIST that come with the package.
+
+    Attributes:
+        split: ``calibration``: 3,000 training images without labels; ``test``: the 10,000 test
+            images with labels.
+    """
+
+    split: Literal["calibration", "test"]
+
+    def open(self) -> PixelSource:
+        """The images; preprocessed for the bundled network."""
+        return fashion_test_images() if self.split == "test" else fashion_calibration_images()
+
+
+@dataclasses.dataclass(frozen=True)
+class FolderImages:
+    """Pictures of any folder.
+
+    Attributes:
+        folder: Where they are, at any depth.
+        preprocessing: ``caffe`` (weights of Keras and Caffe) or ``torch`` (torchvision, timm).
+        labels: ``folders`` where each folder is a class, a text file of labels, or None.
+        windows: How many random windows and flips are taken of each picture; None for its centre.
+        shorter_side: What the shorter side of a picture is resized to.
+        image_size: Height and width of the images cut out of it.
+        pictures: How many pictures to take, drawn by the seed; None for all.
+        seed: Seed of windows, flips and the draw.
+    """
+
+    folder: Path | None = None
+    preprocessing: str = "caffe"
+    labels: Literal["folders"] | Path | None = None
+    windows: int | None = None
+    shorter_side: int = 256
+    image_size: int = 224
+    pictures: int | None = None
+    seed: int = 0
+
+    def open(self) -> PixelSource:
+        """The images.
+
+        Raises:
+            ValueError: If the folder was not given or does not fit.
+        """
+        if self.folder is None:
+            raise ValueError("no folder of images given (--calibration.folder, --evaluation.folder)")
+        return image_folder(
+            self.folder,
+            self.preprocessing,
+            _viewer(self.windows, self.seed, self.image_size, self.shorter_side),
+            labels=self.labels,
+            pictures=self.pictures,
+            seed=self.seed,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class TfdsImages:
+    """A split of a data set that TensorFlow Datasets has prepared (see ``accel.data.tfds``).
+
+    Attributes:
+        name: Name of the data set.
+        split: A split or a part of one, such as ``train[:3000]``.
+        data_dir: The folder that holds the prepared data sets.
+        preprocessing, windows, shorter_side, image_size, seed: As in ``FolderImages``.
+    """
+
+    name: str = "imagenet2012"
+    split: str = "validation"
+    data_dir: Path | None = None
+    preprocessing: str = "caffe"
+    windows: int | None = None
+    shorter_side: int = 256
+    image_size: int = 224
+    seed: int = 0
+
+    def open(self) -> PixelSource:
+        """The images.
+
+        Raises:
+            ValueError: If the folder was not given or does not fit.
+        """
+        if self.data_dir is None:
+            raise ValueError("no folder of data sets given (--calibration.data-dir, …)")
+        # The package is an extra: only who uses it needs it.
+        from accel.data.tfds import tfds_images
+
+        viewer = _viewer(self.windows, self.seed, self.image_size, self.shorter_side)
+        return tfds_images(self.name, self.data_dir, self.split, self.preprocessing, viewer)
+
+
+Images = BundledImages | FolderImages | TfdsImages
+
+
+def _viewer(
+    windows: int | None, seed: int, image_size: int, shorter_side: int
+) -> CentreView | RandomWindows:
+    if windows is None:
+        return CentreView(image_size, shorter_side)
+    return RandomWindows(windows, seed, image_size, shorter_side)
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """One experiment.
+
+    Attributes:
+        model: The network: a name of ``accel.models`` and its options.
+        weights: A weight file, a model folder, or ``bundled``.
+        calibration: Images to fit to; labels are not looked at.
+        evaluation: Images to measure on; with labels for ``accuracy``.
+        metrics: ``accuracy`` (top-1 and, from ten classes on, top-5) and ``outputs`` (relative
+            squared error and cosine against the original's outputs).
+        speedup: See ``accel.accelerate``, as for all fields up to ``seed``.
+        decomposition: Name of the decomposition.
+        solver: Name of the solver.
+        asymmetric: Whether layers are fitted to the accelerated network's inputs.
+        rank_selection: Name of the rank selection.
+        rules: Layers by path pattern: ``dense``, or a rank.
+        positions_per_image: Sampled output positions per image and layer.
+        batch_size: Images per batch in calibration and evaluation.
+        seed: Seed of all that is drawn.
+        latency_batches: Batch sizes to time; none for no timing.
+        latency_seconds: Time for timing.
+        image_limit: How many images to use of each kind at most; None for all.
+    """
+
+    model: ModelSpec
+    weights: str | Path | None
+    calibration: Images
+    evaluation: Images
+    metrics: tuple[Literal["accuracy", "outputs"], ...] = ("outputs",)
+    speedup: float = 4.0
+    decomposition: str = "channel"
+    solver: str = "alternating"
+    asymmetric: bool = True
+    rank_selection: str = "exact_energy"
+    rules: Mapping[str, str | int] = dataclasses.field(default_factory=dict)
+    positions_per_image: int = 10
+    batch_size: int = 16
+    seed: int = 0
+    latency_batches: tuple[int, ...] = (1, 8)
+    latency_seconds: float = 20.0
+    image_limit: int | None = None
+
+    def smoke(self) -> Experiment:
+        """The same experiment, cut down to well under a minute: its figures mean nothing."""
+        return dataclasses.replace(
+            self, image_limit=24, positions_per_image=4, latency_seconds=2.0, latency_batches=(1,)
+        )
+
+    def load_model(self) -> nnx.Module:
+        """The original network.
+
+        Raises:
+            ValueError: If no weights are given, or they do not fit.
+        """
+        if self.weights is None:
+            raise ValueError("no weights given (--weights FILE)")
+        if str(self.weights) == BUNDLED:
+            file = resources.files("accel.bundled").joinpath("fashion_vgg.safetensors")
+            with resources.as_file(file) as path:
+                return load(path, self.model)
+        path = Path(self.weights)
+        return load_model(path) if path.is_dir() else load(path, self.model)
+
+    def accuracy(self, model: nnx.Module) -> dict[str, float]:
+        """Accuracies of a network on the evaluation images; none where they were not asked for."""
+        if "accuracy" not in self.metrics:
+            return {}
+        images = self.limited(self.evaluation)
+        top = (1, 5) if (images.class_count or 0) >= 10 else (1,)
+        return accuracy(model, images, top=top, batch_size=self.batch_size)
+
+    def evaluate(
+        self, original: nnx.Module, accelerated: nnx.Module, before: Mapping[str, float]
+    ) -> dict[str, dict[str, float]]:
+        """The metrics of both networks on the evaluation images.
+
+        Args:
+            original: The original network.
+            accelerated: The accelerated network.
+            before: ``accuracy(original)``, so that many networks can be held against one.
+        """
+        images = self.limited(self.evaluation)
+        after = self.accuracy(accelerated)
+        found = {k: {"original": before[k], "accelerated": after[k]} for k in before}
+        if "outputs" in self.metrics:
+            compared = compare_outputs(original, accelerated, images, batch_size=self.batch_size)
+            found |= {name: {"accelerated": value} for name, value in compared.items()}
+        return found
+
+    def limited(self, images: Images) -> PixelSource:
+        """The images, no more than ``image_limit``."""
+        source = images.open()
+        return source if self.image_limit is None else source.first(self.image_limit)
+
+
+def to_json(experiment: Experiment) -> str:
+    """The experiment as JSON text."""
+    return json.dumps(dataclasses.asdict(experiment), indent=2, default=str) + "\n"
+
+
+def run(experiment: Experiment, name: str, out: Path, progress: Progress) -> Result:
+    """Carries out an experiment and writes its folder: report, model, log.
+
+    Everything is written to ``OUT.partial``, which is renamed when it is complete. Where that folder
+    is left of the same experiment, stopped before it was done, its solved layers are taken over.
+
+    Args:
+        experiment: What to do.
+        name: Name of the network in the report.
+        out: The folder to write; must not exist yet.
+        progress: Receives what the run is doing.
+
+    Raises:
+        FileExistsError: If ``out`` exists, or ``OUT.partial`` is of another experiment.
+        ValueError: If something of the experiment does not fit; before long work where possible.
+    """
+    start = time.perf_counter()
+    partial = _begin(experiment, out)
+    progress.say(f"writing to {out}; if stopped, it goes on when called again with --out {out}")
+    original = experiment.load_model()
+    images = experiment.limited(experiment.calibration)
+    experiment.limited(experiment.evaluation)  # What is wrong with it shows now.
+    result = accelerate(
+        original,
+        images,
+        experiment.speedup,
+        decomposition=experiment.decomposition,
+        solver=experiment.solver,
+        asymmetric=experiment.asymmetric,
+        rank_selection=experiment.rank_selection,
+        rules=experiment.rules,
+        positions_per_image=experiment.positions_per_image,
+        batch_size=experiment.batch_size,
+        seed=experiment.seed,
+        resume=partial / "layers",
+        progress=progress,
+    )
+    evaluation_start = time.perf_counter()
+    progress.say("evaluating")
+    metrics = experiment.evaluate(original, result.model, experiment.accuracy(original))
+    times = {}
+    if experiment.latency_batches:
+        progress.say("timing")
+        times = latency(
+            original,
+            result.model,
+            images.image_shape,
+            batch_sizes=experiment.latency_batches,
+            seconds=experiment.latency_seconds,
+        )
+    end = time.perf_counter()
+    seconds = {
+        **result.report.seconds,
+        "evaluate": end - evaluation_start,
+        "total": end - start,
+    }
+    report = dataclasses.replace(
+        result.report, model=name, latency=times, metrics=metrics, seconds=seconds
+    )
+    shutil.rmtree(partial / "model", ignore_errors=True)
+    save_model(partial / "model", result.model, experiment.model, result.plan)
+    (partial / "report.json").write_text(report.to_json())
+    shutil.rmtree(partial / "layers", ignore_errors=True)
+    partial.rename(out)
+    return dataclasses.replace(result, report=report)
+
+
+def _begin(experiment: Experiment, out: Path) -> Path:
+    """The folder of an unfinished run, new or left of the same experiment."""
+    if out.exists():
+        raise FileExistsError(f"{out} exists already; nothing is overwritten")
+    partial = out.with_name(f"{out.name}.partial")
+    record = partial / "experiment.json"
+    text = to_json(experiment)
+    if record.exists() and record.read_text() != text:
+        raise FileExistsError(
+            f"{partial} holds an unfinished run of another experiment; remove it or choose another"
+            " --out"
+        )
+    partial.mkdir(parents=True, exist_ok=True)
+    record.write_text(text)
+    return partial
