@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -31,12 +32,13 @@ from accel.cost import count_conv_macs
 from accel.decompositions import DECOMPOSITIONS, Decomposition, Weights
 from accel.memory import available_bytes, peak_bytes, resident_bytes
 from accel.plan import AccelerationPlan, LayerPlan
-from accel.program import LayerCall, Program, trace
+from accel.program import LayerCall, Program, specification, trace
 from accel.progress import Progress
 from accel.rank_selection import (
     RANK_SELECTION,
     LayerChoices,
     RankProblem,
+    Rules,
     apply_rules,
     budget_from_speedup,
 )
@@ -114,7 +116,7 @@ def accelerate(
     solver: str | Solver = "alternating",
     asymmetric: bool = True,
     rank_selection: str = "exact_energy",
-    rules: Mapping[str, str | int] | None = None,
+    rules: Rules | None = None,
     positions_per_image: int = 10,
     batch_size: int = 16,
     cache_bytes: int | None = None,
@@ -181,9 +183,7 @@ def accelerate(
         "positions_per_image": positions_per_image,
         "seed": seed,
     }
-    report = dataclasses.replace(
-        result.report, settings={**settings, **result.report.settings}
-    )
+    report = dataclasses.replace(result.report, settings={**settings, **result.report.settings})
     return dataclasses.replace(result, report=report)
 
 
@@ -209,7 +209,7 @@ def calibrate(
     batch_size: int = 16,
     cache_bytes: int | None = None,
     seed: int = 0,
-    rules: Mapping[str, str | int] | None = None,
+    rules: Rules | None = None,
     progress: Progress | None = None,
 ) -> Calibration:
     """Runs the original network once over the images and keeps its responses at sampled positions.
@@ -224,7 +224,9 @@ def calibrate(
             f"unknown decomposition {decomposition!r}; known: {', '.join(DECOMPOSITIONS)}"
         )
     chain = DECOMPOSITIONS[decomposition]
-    source = ArraySource(np.asarray(images)) if _is_array(images) else images
+    source = (
+        ArraySource(np.asarray(images)) if isinstance(images, np.ndarray | jax.Array) else images
+    )
     if len(source) < 2:
         raise ValueError(f"calibration needs 2 images or more, found {len(source)}")
     if positions_per_image < 1 or batch_size < 1:
@@ -235,12 +237,12 @@ def calibrate(
     _check_parameters(model)
     batch_size = min(batch_size, len(source))
     first = np.asarray(next(iter(source.batches(batch_size))))
-    specification = jax.ShapeDtypeStruct(first.shape, first.dtype)
+    batch = jax.ShapeDtypeStruct(first.shape, first.dtype)
     evaluated = nnx.clone(model)
     evaluated.eval()
-    folded_pairs = find_foldable(evaluated, specification)
+    folded_pairs = find_foldable(evaluated, batch)
     folded = fold_batch_norm(evaluated, folded_pairs)
-    program = trace(folded, specification)
+    program = trace(folded, batch)
     left_out = dict(program.left_out)
     for call in program.calls:
         if (reason := chain.unsuitable(call.layer)) is not None:
@@ -283,7 +285,7 @@ def calibrate(
         fitting=fitting,
         positions=positions,
         targets=targets,
-        macs=count_conv_macs(folded, specification),
+        macs=count_conv_macs(folded, batch),
         seconds=time.perf_counter() - start,
         stated_peak_bytes=stated,
         cache_bytes=cache,
@@ -295,7 +297,7 @@ def select_ranks(
     speedup: float,
     *,
     rank_selection: str = "exact_energy",
-    rules: Mapping[str, str | int] | None = None,
+    rules: Rules | None = None,
 ) -> AccelerationPlan:
     """Chooses what becomes of each convolution so that the network gets cheaper by ``speedup``.
 
@@ -304,7 +306,7 @@ def select_ranks(
     fixed = apply_rules(_widths(calibration.calls), rules or {})
     layers = []
     for call in calibration.calls:
-        positions = math.prod(call.output.aval.shape[:-1]) // calibration.batch_size
+        positions = math.prod(specification(call.output).shape[:-1]) // calibration.batch_size
         unit = calibration.decomposition.factors(call.layer, 1)
         targets = calibration.targets[call.path][calibration.fitting]
         layers.append(
@@ -430,8 +432,7 @@ def _report(
     errors: Mapping[str, float],
     seconds: Mapping[str, float],
 ) -> Report:
-    images = calibration.program.images.aval
-    after = count_conv_macs(model, jax.ShapeDtypeStruct(images.shape, images.dtype))
+    after = count_conv_macs(model, specification(calibration.program.images))
     activations = {call.path: call.activation for call in calibration.program.calls}
     layers = tuple(
         LayerReport(
@@ -471,7 +472,7 @@ def _report(
 
 
 def _widths(calls: Sequence[LayerCall]) -> dict[str, int]:
-    return {call.path: call.output.aval.shape[-1] for call in calls}
+    return {call.path: specification(call.output).shape[-1] for call in calls}
 
 
 def _execution_order(calibration: Calibration) -> list[str]:
@@ -483,14 +484,10 @@ def _rows(responses: np.ndarray) -> np.ndarray:
     return responses.reshape(-1, responses.shape[-1])
 
 
-def _is_array(images: object) -> bool:
-    return isinstance(images, (np.ndarray, jax.Array))
-
-
 def _check_parameters(model: nnx.Module) -> None:
     for path, value in nnx.to_flat_state(nnx.state(model)):
         array = value[...]
-        if jax.dtypes.issubdtype(array.dtype, np.floating) and not np.isfinite(array).all():
+        if jnp.issubdtype(array.dtype, jnp.floating) and not np.isfinite(array).all():
             raise ValueError(f"{'/'.join(map(str, path))}: the parameter holds NaN or Inf")
 
 
@@ -507,7 +504,9 @@ def _memory_needed(
         cache_bytes = 4 * GIBIBYTE if available is None else available // 4
     live = AcceleratedRun(program, run.calls, source, batch_size, cache_bytes).live_bytes
     cache = min(cache_bytes, live)
-    widest = max(p.size * c.output.aval.shape[-1] for c in run.calls for p in [run.positions[c.path]])
+    widest = max(
+        run.positions[call.path].size * specification(call.output).shape[-1] for call in run.calls
+    )
     parameters = sum(value.nbytes for value in program.parameters)
     needed = (
         resident_bytes()

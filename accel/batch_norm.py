@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from accel.program import named_layers, path_name, trace
+from accel.program import named_layers, path_name, specification, trace
 
 
 class Identity(nnx.Module):
@@ -35,7 +35,7 @@ def find_foldable(model: nnx.Module, images: Any) -> dict[str, str]:
     """
     kinds = (nnx.Conv, nnx.BatchNorm)
     program = trace(model, images, kinds)
-    layers = {path: layer for path, layer in named_layers(model, kinds)}
+    layers = dict(named_layers(model, kinds))
     convs = {call.output: call for call in program.calls if type(layers[call.path]) is nnx.Conv}
     pairs: dict[str, str] = {}
     for norm in program.calls:
@@ -49,7 +49,7 @@ def find_foldable(model: nnx.Module, images: Any) -> dict[str, str]:
             eqn.primitive.name.startswith("reduce")
             for eqn in program.jaxpr.eqns[norm.start : norm.stop]
         )
-        last_axis = layer.axis in (-1, conv.output.aval.ndim - 1)
+        last_axis = layer.axis in (-1, len(specification(conv.output).shape) - 1)
         if uses == 1 and last_axis and not own_statistics:
             pairs[norm.path] = conv.path
     return pairs
@@ -68,7 +68,7 @@ def fold_batch_norm(model: nnx.Module, pairs: Mapping[str, str]) -> nnx.Module:
         convolution has a bias.
     """
     copy = nnx.clone(model)
-    layers = dict(named_layers(copy, (nnx.Conv, nnx.BatchNorm)))
+    layers: dict[str, Any] = dict(named_layers(copy, (nnx.Conv, nnx.BatchNorm)))
     if unknown := [path for pair in pairs.items() for path in pair if path not in layers]:
         raise ValueError(f"{unknown[0]!r} is no layer of {type(model).__name__} to be folded")
     convs = {conv: _folded(layers[conv], layers[norm]) for norm, conv in pairs.items()}

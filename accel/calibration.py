@@ -17,12 +17,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import jax
+import jax.extend.core as jex
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from accel.program import LayerCall, Program
+from accel.program import LayerCall, Program, specification
 
 HIGHEST = jax.lax.Precision.HIGHEST
 
@@ -75,7 +76,7 @@ def full_batches(source: ImageSource, batch_size: int) -> Iterator[np.ndarray]:
 
 def outputs_per_image(call: LayerCall, batch_size: int) -> int:
     """Number of output positions of a convolution for one image."""
-    positions = math.prod(call.output.aval.shape[:-1])
+    positions = math.prod(specification(call.output).shape[:-1])
     if positions % batch_size:
         raise ValueError(
             f"{call.path}: {positions} output positions cannot be shared out among {batch_size}"
@@ -134,7 +135,7 @@ class OriginalRun:
                 for response, p in zip(responses, positions, strict=True)
             ]
 
-        images = jax.ShapeDtypeStruct(program.images.aval.shape, program.images.aval.dtype)
+        images = specification(program.images)
         at = [
             jax.ShapeDtypeStruct((batch_size, positions[call.path].shape[1]), jnp.int32)
             for call in calls
@@ -143,14 +144,16 @@ class OriginalRun:
 
     @property
     def working_bytes(self) -> int:
-        """What the compiled pass needs for one batch, its results included."""
+        """What the compiled pass needs for one batch, its results included (0 if not known)."""
         analysis = self.compiled.memory_analysis()
+        if analysis is None:
+            return 0
         return analysis.temp_size_in_bytes + analysis.output_size_in_bytes
 
     @property
     def response_bytes(self) -> int:
         """Size of all that ``responses`` returns."""
-        widths = {call.path: call.output.aval.shape[-1] for call in self.calls}
+        widths = {call.path: specification(call.output).shape[-1] for call in self.calls}
         return sum(4 * p.size * widths[path] for path, p in self.positions.items())
 
     def responses(
@@ -165,7 +168,7 @@ class OriginalRun:
         images = len(self.source)
         rows = {
             call.path: np.empty(
-                (*self.positions[call.path].shape, call.output.aval.shape[-1]), np.float32
+                (*self.positions[call.path].shape, specification(call.output).shape[-1]), np.float32
             )
             for call in self.calls
         }
@@ -184,6 +187,11 @@ class OriginalRun:
                 rows[call.path][first:last] = response[: last - first]
             progress(last - first)
         return rows
+
+
+def _bytes(variable: jex.Var) -> int:
+    specified = specification(variable)
+    return specified.size * specified.dtype.itemsize
 
 
 def _padded_slice(rows: np.ndarray, first: int, count: int) -> np.ndarray:
@@ -239,7 +247,7 @@ class AcceleratedRun:
     def live_bytes(self) -> int:
         """The most that is alive before any one of the convolutions, for all images together."""
         sets = (self.program.live(call) for call in self.calls)
-        most = max(sum(v.aval.size * v.aval.dtype.itemsize for v in live) for live in sets)
+        most = max(sum(_bytes(v) for v in live) for live in sets)
         return most * len(self.places)
 
     def responses(
@@ -258,7 +266,7 @@ class AcceleratedRun:
         at = self.replaced
         call = self.calls[at]
         sampler = _response_sampler(self.program, call, self.batch_size)
-        rows = np.empty((*positions.shape, call.output.aval.shape[-1]), np.float32)
+        rows = np.empty((*positions.shape, specification(call.output).shape[-1]), np.float32)
         kept = sum(place.bytes for place in self.places)
         images = self._images()
         for index, place in enumerate(self.places):
@@ -295,7 +303,7 @@ class AcceleratedRun:
 
         @jax.jit
         def step(parameters, state, values):
-            output = nnx.merge(graphdef, state)(values[0]).astype(call.output.aval.dtype)
+            output = nnx.merge(graphdef, state)(values[0]).astype(specification(call.output).dtype)
             return run(parameters, [output, *values])
 
         self.steps.append(lambda values: step(parameters, state, values))
@@ -329,7 +337,7 @@ def _response_sampler(
     """
     equations = program.jaxpr.eqns[call.start : call.stop]
     (equation,) = (e for e in equations if e.primitive.name == "conv_general_dilated")
-    operand, kernel = equation.invars
+    operand, kernel = (atom for atom in equation.invars if isinstance(atom, jex.Var))
     prepare, parameters = program.segment([call.input], [operand, kernel])
     strides: tuple[int, ...] = equation.params["window_strides"]
     dilation: tuple[int, ...] = equation.params["rhs_dilation"]
@@ -340,7 +348,7 @@ def _response_sampler(
     def sample(parameters, bias, inputs, positions):
         x, w = prepare(parameters, [inputs])
         x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
-        taps, map_shape = w.shape[:-2], equation.outvars[0].aval.shape[1:-1]
+        taps, map_shape = w.shape[:-2], specification(equation.outvars[0]).shape[1:-1]
         per_image = outputs_per_image(call, batch_size)
         flat = positions + jnp.arange(batch_size)[:, None] * per_image
         batch, *place = jnp.unravel_index(flat.reshape(-1), (x.shape[0], *map_shape))

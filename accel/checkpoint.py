@@ -1,7 +1,7 @@
 """Model folders: a network in a folder from which it is rebuilt without the original weights.
 
-A folder holds ``model.json`` (name and options), ``plan.json`` where the network is accelerated, and
-``checkpoint/`` (Orbax). It is written under a temporary name and renamed when it is complete.
+A folder holds ``model.json`` (name and options), ``plan.json`` where the network is accelerated,
+and ``checkpoint/`` (Orbax). It is written under a temporary name and renamed when it is complete.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from flax import nnx
 
@@ -120,7 +121,7 @@ def _check_fit(folder: Path, expected: dict, saved: dict) -> None:
         if path not in expected:
             raise ValueError(f"{folder}: holds {path!r}, which the network does not have")
         # The state of a random generator is saved in another shape than it has.
-        is_key = jax.dtypes.issubdtype(expected[path].dtype, jax.dtypes.prng_key)
+        is_key = jnp.issubdtype(expected[path].dtype, jax.dtypes.prng_key)
         if not is_key and tuple(expected[path].shape) != tuple(saved[path].shape):
             raise ValueError(
                 f"{folder}: {path!r} has shape {tuple(saved[path].shape)}, the network needs"

@@ -1,7 +1,7 @@
 """Experiments: everything from a network and images to a folder of results, as one piece of data.
 
-An experiment is a frozen dataclass, so that it can be written in a file, changed field by field from
-the command line, and recorded beside what it gave. ``run`` carries it out.
+An experiment is a frozen dataclass, so that it can be written in a file, changed field by field
+from the command line, and recorded beside what it gave. ``run`` carries it out.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from accel.data import (
 from accel.evaluation import accuracy, compare_outputs
 from accel.models import ModelSpec
 from accel.progress import Progress
+from accel.rank_selection import Rules
 from accel.weights import load
 
 BUNDLED = "bundled"
@@ -83,7 +84,9 @@ class FolderImages:
             ValueError: If the folder was not given or does not fit.
         """
         if self.folder is None:
-            raise ValueError("no folder of images given (--calibration.folder, --evaluation.folder)")
+            raise ValueError(
+                "no folder of images given (--calibration.folder, --evaluation.folder)"
+            )
         return image_folder(
             self.folder,
             self.preprocessing,
@@ -175,7 +178,7 @@ class Experiment:
     solver: str = "alternating"
     asymmetric: bool = True
     rank_selection: str = "exact_energy"
-    rules: Mapping[str, str | int] = dataclasses.field(default_factory=dict)
+    rules: Rules = dataclasses.field(default_factory=dict)
     positions_per_image: int = 10
     batch_size: int = 16
     seed: int = 0
@@ -244,8 +247,9 @@ def to_json(experiment: Experiment) -> str:
 def run(experiment: Experiment, name: str, out: Path, progress: Progress) -> Result:
     """Carries out an experiment and writes its folder: report, model, log.
 
-    Everything is written to ``OUT.partial``, which is renamed when it is complete. Where that folder
-    is left of the same experiment, stopped before it was done, its solved layers are taken over.
+    Everything is written to ``OUT.partial``, which is renamed when it is complete. Where that
+    folder is left of the same experiment, stopped before it was done, its solved layers are taken
+    over.
 
     Args:
         experiment: What to do.

@@ -12,7 +12,7 @@ import dataclasses
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.extend.core as jex
@@ -21,6 +21,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 Path = str
+Activation = Literal["relu", "identity"]
 Segment = Callable[[Sequence[jax.Array], Sequence[jax.Array]], list[jax.Array]]
 
 # Calls whose body may be written out in place without changing what is computed. A body inside
@@ -52,7 +53,7 @@ class LayerCall:
     output: jex.Var
     start: int
     stop: int
-    activation: str
+    activation: Activation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +82,7 @@ class Program:
         parameters = set(self.jaxpr.invars[:-1])
         before = {self.images}.union(*(eqn.outvars for eqn in self.jaxpr.eqns[: call.start]))
         after = {v: None for eqn in self.jaxpr.eqns[call.stop :] for v in _variables(eqn.invars)}
-        after |= {v: None for v in _variables(self.jaxpr.outvars)}
+        after |= dict.fromkeys(_variables(self.jaxpr.outvars))
         kept = (v for v in after if v in before and v not in parameters and v is not call.input)
         return (call.input, *kept)
 
@@ -117,8 +118,14 @@ class Program:
         )
 
 
+def specification(variable: jex.Var) -> jax.ShapeDtypeStruct:
+    """Shape and type of what a variable holds."""
+    value: Any = variable.aval
+    return jax.ShapeDtypeStruct(value.shape, value.dtype)
+
+
 def path_name(parts: Sequence[Any]) -> Path:
-    """The written form of a path in a module tree: ``("blocks", 0, "conv")`` is ``blocks/0/conv``."""
+    """A path in a module tree as text: ``("blocks", 0, "conv")`` is ``blocks/0/conv``."""
     return "/".join(map(str, parts))
 
 
@@ -144,26 +151,24 @@ def trace(model: nnx.Module, images: Any, kinds: tuple[type, ...] = (nnx.Conv,))
     tapped.eval()
     layers = dict(named_layers(tapped, kinds))
     for path, layer in layers.items():
-        layer.tap_path = path
+        object.__setattr__(layer, "tap_path", path)
         object.__setattr__(layer, "__class__", _tapped(type(layer)))
     graphdef, state = nnx.split(tapped)
     values, structure = jax.tree.flatten(state)
-    specification = jax.ShapeDtypeStruct(images.shape, images.dtype)
+    specified = jax.ShapeDtypeStruct(images.shape, images.dtype)
 
     def run(*arguments):
         state = jax.tree.unflatten(structure, arguments[:-1])
         return nnx.merge(graphdef, state)(arguments[-1])
 
     try:
-        traced = jax.make_jaxpr(run)(*values, specification)
+        traced = jax.make_jaxpr(run)(*values, specified)
     except Exception as error:
         raise ValueError(
             f"{type(model).__name__} cannot be called with images of shape {images.shape} and type"
             f" {images.dtype}: {error}"
         ) from error
-    flat = jax.make_jaxpr(lambda *arguments: _written_out(traced, arguments))(
-        *values, specification
-    )
+    flat = jax.make_jaxpr(lambda *arguments: _written_out(traced, arguments))(*values, specified)
     # Constants of the trace (arrays that the author closed over) become parameters like others.
     jaxpr = flat.jaxpr.replace(
         constvars=[],
@@ -266,10 +271,10 @@ def _find_calls(
             left_out[path] = f"called {len(starts)} times with the same weights"
         else:
             (start,), (stop,) = starts, stops
-            given = jaxpr.eqns[start].invars[0]
+            (given,) = _variables(jaxpr.eqns[start].invars)
             output = jaxpr.eqns[stop].outvars[0]
-            expected = jax.eval_shape(layer, jax.ShapeDtypeStruct(given.aval.shape, given.aval.dtype))
-            if expected.shape != output.aval.shape:
+            expected = jax.eval_shape(layer, specification(given))
+            if expected.shape != specification(output).shape:
                 left_out[path] = "called under vmap with the batch axis not in front"
                 continue
             activation = _activation(jaxpr, output)
@@ -278,7 +283,7 @@ def _find_calls(
     return tuple(calls), left_out
 
 
-def _activation(jaxpr: jex.Jaxpr, output: jex.Var) -> str:
+def _activation(jaxpr: jex.Jaxpr, output: jex.Var) -> Activation:
     users = [eqn for eqn in jaxpr.eqns if any(v is output for v in eqn.invars)]
     leaves = any(v is output for v in jaxpr.outvars)
     return "relu" if len(users) == 1 and not leaves and _is_relu(users[0]) else "identity"

@@ -3,10 +3,11 @@
     accel run configs/vgg16_imagenet.py --weights FILE \\
         --calibration.data-dir DIR --evaluation.data-dir DIR
 
-reads ``imagenet2012`` as prepared by TensorFlow Datasets (``file_format="array_record"``). For folders
-of pictures, one folder a class, use ``configs/vgg16_imagenet_folder.py``. Single view: shorter side
-256, centre crop 224. 3,000 training images, 10 positions each, as in the paper. ImageNet was not at
-hand where this was written: the path is proved by tests on a tiny data set of the same structure.
+reads ``imagenet2012`` as prepared by TensorFlow Datasets (``file_format="array_record"``). For
+folders of pictures, one folder a class, use ``configs/vgg16_imagenet_folder.py``. Single view:
+shorter side 256, centre crop 224. 3,000 training images, 10 positions each, as in the paper.
+ImageNet was not at hand where this was written: the path is proved by tests on a tiny data set of
+the same structure.
 """
 
 from accel.experiment import Experiment, TfdsImages

@@ -4,9 +4,9 @@
         --calibration.folder DIR --evaluation.folder DIR
 
 FILE is any VGG-16 of ImageNet: Keras ``.h5``, ``.onnx``, torchvision ``.pth`` or ``.safetensors``
-(the latter two with ``--calibration.preprocessing torch --evaluation.preprocessing torch``). Measured
-is how far the output (relu5_3) is from the original's on pictures that nothing was fitted to.
-Measured figures are in the README.
+(the latter two with ``--calibration.preprocessing torch --evaluation.preprocessing torch``).
+Measured is how far the output (relu5_3) is from the original's on pictures that nothing was fitted
+to. Measured figures are in the README.
 """
 
 from accel.experiment import Experiment, FolderImages

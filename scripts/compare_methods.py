@@ -83,9 +83,7 @@ def run_grid(grid: Grid, experiment: Experiment) -> None:
             plan = select_ranks(
                 calibration, speedup, rank_selection=RANKS[ranks], rules=experiment.rules
             )
-            result = reconstruct(
-                calibration, plan, solver=SOLVERS[solver], asymmetric=asymmetric
-            )
+            result = reconstruct(calibration, plan, solver=SOLVERS[solver], asymmetric=asymmetric)
             line = {
                 "seed": seed,
                 "speedup": speedup,
@@ -101,7 +99,11 @@ def run_grid(grid: Grid, experiment: Experiment) -> None:
             with raw.open("a") as stream:
                 stream.write(json.dumps(line) + "\n")
             print(
-                seed, speedup, ranks, solver, "asymmetric" if asymmetric else "symmetric",
+                seed,
+                speedup,
+                ranks,
+                solver,
+                "asymmetric" if asymmetric else "symmetric",
                 {k: round(v["accelerated"], 5) for k, v in line["metrics"].items()},
                 f"solve {result.report.seconds['solve']:.0f} s,",
                 f"{time.perf_counter() - start:.0f} s",
@@ -127,10 +129,13 @@ def table(lines: list[dict]) -> str:
         text.append("|---|---|---|" + "--:|" * len(speedups))
         for method in sorted({method for method, _ in values}):
             solver, asymmetric, ranks = method
-            cells = [f"{mean(values[method, s]):.4f}" if values[method, s] else "" for s in speedups]
+            cells = [
+                f"{mean(values[method, s]):.4f}" if values[method, s] else "" for s in speedups
+            ]
             text.append(
                 f"| {solver} | {'asymmetric' if asymmetric else 'symmetric'} | {ranks} | "
-                + " | ".join(cells) + " |"
+                + " | ".join(cells)
+                + " |"
             )
         text.append("")
     return "\n".join(text) + "\n"

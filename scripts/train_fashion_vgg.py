@@ -107,7 +107,9 @@ def main(options: Options) -> None:
         options.epochs * steps_per_epoch, options.peak_learning_rate, pct_start=0.2
     )
     optimizer = optax.chain(
-        optax.add_decayed_weights(options.weight_decay, lambda tree: jax.tree.map(_is_weight, tree)),
+        optax.add_decayed_weights(
+            options.weight_decay, lambda tree: jax.tree.map(_is_weight, tree)
+        ),
         optax.sgd(schedule, momentum=0.9, nesterov=True),
     )
 
@@ -140,7 +142,8 @@ def main(options: Options) -> None:
 
     state = (parameters, rest, optimizer.init(parameters))
     manager = ocp.CheckpointManager(
-        Path(f"{options.out}.checkpoints").resolve(), options=ocp.CheckpointManagerOptions(max_to_keep=1)
+        Path(f"{options.out}.checkpoints").resolve(),
+        options=ocp.CheckpointManagerOptions(max_to_keep=1),
     )
     done = manager.latest_step() or 0
     if done:
@@ -148,7 +151,9 @@ def main(options: Options) -> None:
         state = jax.tree.unflatten(jax.tree.structure(state), leaves)
         print(f"going on after epoch {done}", flush=True)
     for epoch in range(done, options.epochs):
-        order_key, augment_key = jax.random.split(jax.random.fold_in(jax.random.key(options.seed), epoch))
+        order_key, augment_key = jax.random.split(
+            jax.random.fold_in(jax.random.key(options.seed), epoch)
+        )
         order = np.asarray(jax.random.permutation(order_key, len(images)))
         start = time.perf_counter()
         for step in range(steps_per_epoch):

@@ -93,4 +93,6 @@ def network(name: str, seed: int = 0) -> nnx.Module:
 def images(count: int, size: int = 14, seed: int = 7) -> jax.Array:
     """Smooth random images ``[count, size, size, 3]``, whose responses are far from white."""
     noise = jax.random.normal(jax.random.key(seed), (count, size, size, 3))
-    return (noise + jnp.roll(noise, 1, 1) + jnp.roll(noise, 1, 2) + jnp.roll(noise, (1, 1), (1, 2))) / 2
+    return (
+        noise + jnp.roll(noise, 1, 1) + jnp.roll(noise, 1, 2) + jnp.roll(noise, (1, 1), (1, 2))
+    ) / 2

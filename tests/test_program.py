@@ -127,5 +127,5 @@ def test_the_model_is_not_changed_by_tracing():
 
 
 def test_images_that_do_not_fit_the_network_are_refused():
-    with pytest.raises(ValueError, match=r"Chain cannot be called with images of shape \(2, 8, 8, 5"):
+    with pytest.raises(ValueError, match=r"cannot be called with images of shape \(2, 8, 8, 5"):
         trace(networks.network("chain"), jax.ShapeDtypeStruct((2, 8, 8, 5), jnp.float32))

@@ -141,7 +141,7 @@ def test_the_network_is_the_one_its_spec_builds(tmp_path):
     values = vgg_files.random_weights(batch_norm=True)
     save_file(vgg_files.native(values), tmp_path / "a.safetensors")
     loaded = weights.load(tmp_path / "a.safetensors", BATCH_NORM_SPEC)
-    built = BATCH_NORM_SPEC.build()
+    built = nnx.jit(BATCH_NORM_SPEC.build)()
     built.eval()
     assert nnx.graphdef(loaded) == nnx.graphdef(built)
     assert jax.tree.map(jax.typeof, nnx.state(loaded)) == jax.tree.map(jax.typeof, nnx.state(built))

@@ -47,6 +47,10 @@ def torch_vgg(*, batch_norm: bool):
         nn.Linear(hidden, vgg_files.CLASSES),
     )
     model.add_module("classifier", classifier)
+    # PyTorch's own initial weights let the signal die away, and the output would be the last bias.
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            nn.init.kaiming_normal_(module.weight)
     return model.eval()
 
 
@@ -64,9 +68,9 @@ def test_state_dict_gives_pytorchs_output(batch_norm, size, zipped, tmp_path):
         features = model.features[:-1](torch.tensor(images.transpose(0, 3, 1, 2))).numpy()
 
     loaded = weights.load(path, BATCH_NORM_SPEC if batch_norm else SPEC)
-    np.testing.assert_allclose(loaded(images), expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(loaded(images), expected, rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(
-        loaded.features(images), features.transpose(0, 2, 3, 1), rtol=1e-4, atol=1e-5
+        loaded.features(images), features.transpose(0, 2, 3, 1), rtol=1e-4, atol=1e-4
     )
 
 

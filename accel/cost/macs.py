@@ -89,10 +89,14 @@ def count_conv_macs(model: nnx.Module, images: Any) -> dict[Path, int]:
     return _count(model, images, _CONVOLUTION)
 
 
+def _shape(atom: Any) -> tuple[int, ...]:
+    return atom.aval.shape
+
+
 def _convolution_macs(equation: jex.JaxprEqn) -> int:
     numbers = equation.params["dimension_numbers"]
-    inputs, kernel = (atom.aval.shape for atom in equation.invars)
-    (output,) = (variable.aval.shape for variable in equation.outvars)
+    inputs, kernel = map(_shape, equation.invars)
+    (output,) = map(_shape, equation.outvars)
     out_axis, in_axis, *tap_axes = numbers.rhs_spec
     batch_axis, _, *output_axes = numbers.out_spec
     # A transposed convolution is one over an input with zeros set between its values; the products
@@ -115,8 +119,8 @@ def _convolution_macs(equation: jex.JaxprEqn) -> int:
 
 def _product_macs(equation: jex.JaxprEqn) -> int:
     (contracted, _), _ = equation.params["dimension_numbers"]
-    left = equation.invars[0].aval.shape
-    (output,) = (variable.aval.shape for variable in equation.outvars)
+    left = _shape(equation.invars[0])
+    (output,) = map(_shape, equation.outvars)
     return math.prod(output) * math.prod(left[axis] for axis in contracted)
 
 
@@ -128,15 +132,14 @@ _SCOPE = re.compile(r"accel\.macs\[(\d+)\]")
 def _count(model: nnx.Module, images: Any, counted: Counted) -> dict[Path, int]:
     scoped = nnx.clone(model)
     scoped.eval()
-    modules = [
+    modules: list[tuple[Path, Any]] = [
         (path_name(parts), node)
         for parts, node in nnx.iter_graph(scoped)
         if isinstance(node, nnx.Module) and callable(node)
     ]
     for index, (_, module) in enumerate(modules):
-        scope = f"accel.macs[{index}]"
         scoped_type = _scoped(type(module), not jax.tree_util.all_leaves([module]))
-        module.macs_scope = scope
+        module.macs_scope = f"accel.macs[{index}]"
         object.__setattr__(module, "__class__", scoped_type)
     graphdef, state = nnx.split(scoped)
     image = jax.ShapeDtypeStruct((1, *images.shape[1:]), images.dtype)

@@ -85,7 +85,7 @@ class PixelSource(abc.ABC):
 
     def first(self, count: int) -> PixelSource:
         """The first ``count`` of the images, or all if there are fewer."""
-        return FirstImages(self, min(count, len(self)))
+        return FirstImages(self, min(count, len(self)), self.preprocessing, self.class_count)
 
     def _read_batches(self, batch_size: int) -> Iterator[tuple[np.ndarray, LabelBatch | None]]:
         if batch_size < 1:
@@ -143,18 +143,12 @@ class ArrayImages(PixelSource):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class FirstImages(PixelSource):
-    """The first ``count`` images of a source."""
+    """The first ``count`` images of a source, with its preprocessing and classes."""
 
     source: PixelSource
     count: int
-
-    @property
-    def preprocessing(self) -> str:
-        return self.source.preprocessing
-
-    @property
-    def class_count(self) -> int | None:
-        return self.source.class_count
+    preprocessing: str
+    class_count: int | None
 
     @property
     def image_shape(self) -> tuple[int, int, int]:

@@ -1,4 +1,4 @@
-"""What a decomposition is: which factors replace a convolution, and where their weights come from."""
+"""What a decomposition is: the factors that replace a convolution, and their weights."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
 """``channel``: a k×k convolution with fewer filters, then a 1×1 convolution.
 
 The response ``y = W x + b₀`` at one position is replaced by ``M (W x + b₀) + b`` with
-``M = expand · reduce`` of rank d'. So the first factor has the d' filters ``reduce · W`` and no bias;
-the second is ``expand`` with bias ``M b₀ + b``. Cost per output position: d'(k²c + d) instead of
-k²c·d. Zhang et al., arXiv:1505.06798, section 3.1, figure 1.
+``M = expand · reduce`` of rank d'. So the first factor has the d' filters ``reduce · W`` and no
+bias; the second is ``expand`` with bias ``M b₀ + b``. Cost per output position: d'(k²c + d) instead
+of k²c·d. Zhang et al., arXiv:1505.06798, section 3.1, figure 1.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from flax import nnx
 
 from accel.models.vgg import STAGES, VGG
 
-SMALL_VGG_DEFAULTS = {
+SMALL_VGG_DEFAULTS: dict[str, Any] = {
     "in_channels": 1,
     "num_classes": 10,
     "pool_last": False,
@@ -21,7 +21,7 @@ SMALL_VGG_DEFAULTS = {
 
 
 def _vgg(name: str, **options: Any) -> VGG:
-    return VGG(STAGES[name], **({"num_classes": 1000} | options))
+    return VGG(STAGES[name], **{"num_classes": 1000, **options})
 
 
 MODELS: dict[str, Callable[..., nnx.Module]] = {
@@ -30,7 +30,7 @@ MODELS: dict[str, Callable[..., nnx.Module]] = {
         f"{name}_body": partial(_vgg, name, num_classes=None)
         for name in ("vgg11", "vgg13", "vgg16", "vgg19")
     },
-    "small_vgg": lambda **options: _vgg("small_vgg", **(SMALL_VGG_DEFAULTS | options)),
+    "small_vgg": lambda **options: _vgg("small_vgg", **{**SMALL_VGG_DEFAULTS, **options}),
 }
 
 

@@ -14,7 +14,7 @@ from accel.rank_selection.problem import (
     Ranks,
     budget_from_speedup,
 )
-from accel.rank_selection.rules import Rule, apply_rules
+from accel.rank_selection.rules import Rule, Rules, apply_rules
 from accel.rank_selection.uniform import uniform
 
 RANK_SELECTION: dict[str, Callable[[RankProblem], Ranks]] = {
@@ -29,6 +29,7 @@ __all__ = [
     "RankProblem",
     "Ranks",
     "Rule",
+    "Rules",
     "apply_rules",
     "budget_from_speedup",
 ]

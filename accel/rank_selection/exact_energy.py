@@ -9,7 +9,7 @@ multiplier λ ≥ 0 every selection of summed cost C has
 where excess ≥ 0 sums how far each chosen candidate is above its layer's minimum. So a selection
 that fits and is within ``gap`` of the bound has an excess of at most ``gap``, and so has every part
 of it. All of those are listed, layer by layer, keeping of the partial selections only those that no
-other undercuts in both cost and loss. If a whole selection within the gap turns up, the best of them
+other undercuts in both cost and loss. If whole selections within the gap turn up, the best of them
 is the optimum; if not, the gap is widened. Near the best λ the gap is tiny, and so are the lists.
 Exact up to float64 rounding. Kellerer, Pferschy, Pisinger, *Knapsack Problems* (2004), chapter 11
 (bounds, reduced costs, dynamic programming with lists).

@@ -1,8 +1,8 @@
 """Greedy ranks: from full rank, always drop the eigenvalue with the least (ΔE/E)/ΔC.
 
 ΔE/E = σ_{d'} / Σ_{a≤d'} σ_a is the part of its layer's energy that the last kept eigenvalue holds,
-and ΔC = m the MACs of one rank. Dropping ends as soon as Σ min(d'_l m_l, D_l) fits the budget. Zhang
-et al., arXiv:1505.06798, on rank selection for the whole model.
+and ΔC = m the MACs of one rank. Dropping ends as soon as Σ min(d'_l m_l, D_l) fits the budget.
+Zhang et al., arXiv:1505.06798, on rank selection for the whole model.
 
 What is left of the budget (less than the MACs of one rank) is not spent on other layers: the paper
 does not, and ``exact_energy`` is there for whoever wants the last of it.
@@ -18,7 +18,7 @@ from accel.rank_selection.problem import LayerChoices, RankProblem, Ranks
 def greedy_energy(problem: RankProblem) -> Ranks:
     """Ranks by path; None where the layer stays dense (see the module's docstring)."""
     layers = {layer.path: layer for layer in problem.free}
-    ranks: Ranks = {path: layer.width for path, layer in layers.items()}
+    ranks = {path: layer.width for path, layer in layers.items()}
     excess = problem.macs(problem.complete(ranks)) - problem.budget_macs
     heap = [
         (_loss_per_mac(layer, layer.width), path)
@@ -28,7 +28,7 @@ def greedy_energy(problem: RankProblem) -> Ranks:
     heapq.heapify(heap)
     while excess > 0:
         _, path = heapq.heappop(heap)
-        layer, rank = layers[path], (ranks[path] or 0) - 1
+        layer, rank = layers[path], ranks[path] - 1
         excess -= layer.macs(rank + 1) - layer.macs(rank)
         ranks[path] = rank
         if rank > 1:

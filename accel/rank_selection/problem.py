@@ -6,7 +6,7 @@ subject to  Σ_l  min(d'_l · m_l, D_l)  ≤  budget - other
 with σ_{l,a} the eigenvalues of layer l's response covariance in descending order, m_l the MACs of
 one rank of the decomposed layer and D_l those of the original. A layer whose d'_l · m_l is not
 below D_l stays dense, at no loss of energy. Zhang et al., arXiv:1505.06798, on rank selection for
-the whole model; there the cost of d' is (d'/d) D, here it is what the decomposed layer really costs.
+the whole model; there the cost of d' is (d'/d) D, here it is what the decomposed layer costs.
 """
 
 from __future__ import annotations

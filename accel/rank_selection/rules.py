@@ -13,6 +13,7 @@ from fnmatch import fnmatchcase
 from typing import Literal
 
 Fixed = Literal["dense"] | int
+Rules = Mapping[str, Fixed]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -39,8 +39,7 @@ def summary(report: Report) -> RenderableType:
             for batch, time in report.latency.items()
         ),
         *(
-            f"{name}: "
-            + ", ".join(f"{which} {value:.4f}" for which, value in metric.items())
+            f"{name}: " + ", ".join(f"{which} {value:.4f}" for which, value in metric.items())
             for name, metric in report.metrics.items()
         ),
         "time: " + ", ".join(f"{name} {value:.1f} s" for name, value in report.seconds.items()),

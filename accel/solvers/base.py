@@ -139,7 +139,7 @@ class Solver(abc.ABC):
             if not 1 <= rank <= width:
                 raise ValueError(f"rank must be from 1 to {width} for this layer, found {rank}")
             factors, info = _solve(self, responses, np.int32(rank), activation, dtype)
-            # On the host: slicing a device array would compile once more for every rank.
+            # Cut on the host and sent by device_put: jnp would compile once more for every rank.
             reduce, expand, bias = (np.asarray(factor) for factor in factors)
             if not all(np.isfinite(factor).all() for factor in (reduce, expand, bias)):
                 raise FloatingPointError(
@@ -147,9 +147,9 @@ class Solver(abc.ABC):
                     f" {rank}; the largest response is {largest_magnitude(responses):.3g}"
                 )
             return Factorization(
-                jnp.asarray(reduce[:rank]),
-                jnp.asarray(expand[:, :rank]),
-                jnp.asarray(bias),
+                jax.device_put(reduce[:rank]),
+                jax.device_put(expand[:, :rank]),
+                jax.device_put(bias),
                 SolverInfo(*(float(value) for value in info)),
             )
 

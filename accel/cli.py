@@ -1,0 +1,125 @@
+"""The command line: ``accel run CONFIG`` and ``accel convert FILE``."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import jax
+import tyro
+from rich.console import Console
+
+from accel.batch_norm import find_foldable, fold_batch_norm
+from accel.checkpoint import save_model
+from accel.configuration import load_config
+from accel.experiment import Experiment, run
+from accel.models import ModelSpec
+from accel.plan import AccelerationPlan
+from accel.progress import ConsoleProgress
+from accel.report.console import summary
+from accel.weights import load
+
+USAGE = """\
+usage: accel run CONFIG [--out DIR] [--smoke] [--FIELD VALUE ...]
+       accel convert FILE --model NAME --out DIR [--FIELD VALUE ...]
+
+run      carries out the experiment of a config file and writes its folder:
+         report.json, model/, log.txt
+convert  makes a model folder of a weight file (.safetensors, .pth, .h5, .onnx)
+
+accel run CONFIG --help and accel convert --help list the fields.
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """An experiment, and where its results go.
+
+    Attributes:
+        experiment: What to do.
+        out: The folder to write; by default a new one in runs/.
+        smoke: Cut everything down to see whether it works; the figures mean nothing.
+    """
+
+    experiment: Annotated[tyro.conf.AvoidSubcommands[Experiment], tyro.conf.arg(name="")]
+    out: Path | None = None
+    smoke: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Convert:
+    """A weight file, and the network that it is for.
+
+    Attributes:
+        file: The weight file.
+        model: Name of the network, such as vgg16 or vgg16_body.
+        out: The model folder to write.
+        num_classes: Number of classes, where it is not the network's usual one.
+        input_channels: Channels of the images, where they are not the network's usual ones.
+        batch_norm: Whether the file is of a network with batch norm.
+        fold: Whether to fold the batch norm into the convolutions.
+    """
+
+    file: tyro.conf.Positional[Path]
+    model: str
+    out: Path
+    num_classes: int | None = None
+    input_channels: int | None = None
+    batch_norm: bool = False
+    fold: bool = False
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command; returns its exit status: 0, or 1 where the input does not fit."""
+    command, *rest = (sys.argv[1:] if arguments is None else list(arguments)) or ["--help"]
+    try:
+        if command == "run" and rest and not rest[0].startswith("-"):
+            return _run(Path(rest[0]), rest[1:])
+        if command == "convert":
+            return _convert(tyro.cli(Convert, args=rest, prog="accel convert"))
+    except (ValueError, OSError) as error:
+        Console(stderr=True).print(f"accel: {error}", style="red", markup=False, highlight=False)
+        return 1
+    print(USAGE, end="")
+    return 0 if command in ("-h", "--help") else 2
+
+
+def _run(config: Path, arguments: Sequence[str]) -> int:
+    asked = tyro.cli(
+        Run, args=arguments, default=Run(load_config(config)), prog=f"accel run {config}"
+    )
+    experiment = asked.experiment.smoke() if asked.smoke else asked.experiment
+    out = asked.out or Path("runs") / f"{config.stem}-{time.strftime('%Y%m%d-%H%M%S')}"
+    with ConsoleProgress() as progress:
+        result = run(experiment, experiment.model.name, out, progress)
+    text = summary(result.report)
+    Console().print(text)
+    with (out / "log.txt").open("w") as log:
+        Console(file=log, width=100).print(text)
+    print(f"results in {out}")
+    return 0
+
+
+def _convert(asked: Convert) -> int:
+    options: dict[str, Any] = {
+        "num_classes": asked.num_classes,
+        "in_channels": asked.input_channels,
+        "batch_norm": asked.batch_norm or None,
+    }
+    spec = ModelSpec(asked.model, {k: v for k, v in options.items() if v is not None})
+    if asked.out.exists():
+        raise FileExistsError(f"{asked.out} exists already; nothing is overwritten")
+    model: Any = load(asked.file, spec)
+    plan = None
+    if asked.fold:
+        channels = model.conv1_1.in_features
+        pairs = find_foldable(model, jax.ShapeDtypeStruct((1, 224, 224, channels), "float32"))
+        plan = AccelerationPlan((), pairs)
+        model = fold_batch_norm(model, pairs)
+    save_model(asked.out, model, spec, plan)
+    print(f"{asked.file} → {asked.out} ({spec.name})")
+    return 0
