@@ -195,6 +195,15 @@ class TestMethods:
         assert method(shuffled) == method(problem)
 
     @METHODS
+    def test_order_of_equal_layers_does_not_matter(self, method):
+        # Four ranks for three equal layers: one of them gets two, or none does.
+        selected = [
+            method(RankProblem(tuple(layer(path, np.ones(4)) for path in paths), 0, 80))
+            for paths in itertools.permutations("abc")
+        ]
+        assert all(ranks == selected[0] for ranks in selected)
+
+    @METHODS
     @settings(max_examples=30, deadline=None)
     @given(problem=problems(), exponent=st.sampled_from([-300, -20, 0, 20, 300]))
     def test_units_of_a_spectrum_do_not_matter(self, method, problem, exponent):
@@ -383,6 +392,19 @@ class TestExact:
         exact = problem.log_energy(exact_energy(problem))
         greedy = problem.log_energy(greedy_energy(problem))
         assert exact >= greedy >= problem.log_energy(uniform(problem))
+
+    def test_losses_far_below_one(self):
+        """All of the energy in few directions: losses down to 1e-40, where a budget is mild."""
+        layers = tuple(
+            LayerChoices(f"layer{index}", 10.0 ** -np.arange(64.0), 50 + index, 1 + index % 3)
+            for index in range(12)
+        )
+        problem = RankProblem(layers, 0, 400)
+        begun = time.perf_counter()
+        found = -problem.log_energy(exact_energy(problem))
+        assert time.perf_counter() - begun < 2
+        assert 0 < found < 1e-20
+        assert found <= -problem.log_energy(greedy_energy(problem))
 
     def test_many_layers_of_one_shape(self):
         layers = tuple(

@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-import types
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
@@ -138,9 +137,8 @@ def _count(model: nnx.Module, images: Any, counted: Counted) -> dict[Path, int]:
         if isinstance(node, nnx.Module) and callable(node)
     ]
     for index, (_, module) in enumerate(modules):
-        scoped_type = _scoped(type(module), not jax.tree_util.all_leaves([module]))
         module.macs_scope = f"accel.macs[{index}]"
-        object.__setattr__(module, "__class__", scoped_type)
+        object.__setattr__(module, "__class__", _scoped(type(module)))
     graphdef, state = nnx.split(scoped)
     image = jax.ShapeDtypeStruct((1, *images.shape[1:]), images.dtype)
     try:
@@ -156,19 +154,14 @@ def _count(model: nnx.Module, images: Any, counted: Counted) -> dict[Path, int]:
 
 
 @cache
-def _scoped(kind: type, pytree: bool) -> type:
+def _scoped(kind: type) -> type:
     """A subclass of a module type whose calls stand under a name of their own in the trace."""
 
     def call(self, *args, **kwargs):
         with jax.named_scope(self.macs_scope):
             return kind.__call__(self, *args, **kwargs)
 
-    return types.new_class(
-        f"Scoped{kind.__name__}",
-        (kind,),
-        {"pytree": pytree},
-        lambda namespace: namespace.update(__call__=call),
-    )
+    return type(f"Scoped{kind.__name__}", (kind,), {"__call__": call})
 
 
 def _walk(jaxpr: jex.Jaxpr, path: Path, paths: Sequence[Path], counted: Counted) -> Counter[Path]:

@@ -24,9 +24,9 @@ from jaxtyping import Float64, Int64
 
 from accel.rank_selection.problem import LayerChoices, RankProblem, Ranks
 
-# Sums of a hundred losses of magnitude 1 to 10 carry a rounding error of about 1e-13; excesses
-# below this are taken for zero, so that rounding cannot shut out the optimum.
-ROUNDING = 1e-12
+# Sums of a hundred float64 terms are off by about 1e-14 of their value; excesses below this part of
+# it are taken for zero, so that rounding cannot shut out the optimum.
+ROUNDING = 1e-13
 
 
 class _Front(NamedTuple):
@@ -77,20 +77,18 @@ def _solve(fronts: list[_Front], budget: int) -> list[int]:
     if sum(int(front.cost[-1]) for front in fronts) <= budget:
         return [len(front.cost) - 1 for front in fronts]
     multiplier, feasible = _best_multiplier(fronts, budget)
-    excesses = [_excess(front, multiplier) for front in fronts]
+    relaxed = [front.loss + multiplier * front.cost for front in fronts]
+    excesses = [values - values.min() for values in relaxed]
+    rounding = ROUNDING * sum(float(values.min()) for values in relaxed)
     slack = budget - sum(int(f.cost[i]) for f, i in zip(fronts, feasible, strict=True))
     # The multiplier's own selection has no excess, so it is this far above the bound: a gap that is
-    # wide enough. The optimum is mostly much closer.
+    # wide enough. The optimum is mostly much closer, hence the narrower ones before.
     largest_gap = multiplier * slack
-    gap = largest_gap / 1024
-    while (selection := _best_within(fronts, excesses, multiplier, budget, gap + ROUNDING)) is None:
-        gap = min(4 * gap, largest_gap)
-    return selection
-
-
-def _excess(front: _Front, multiplier: float) -> Float64[np.ndarray, " n"]:
-    relaxed = front.loss + multiplier * front.cost
-    return relaxed - relaxed.min()
+    for gap in largest_gap / 4.0 ** np.arange(5, -1, -1):
+        selection = _best_within(fronts, excesses, multiplier, budget, gap + rounding)
+        if selection is not None:
+            return selection
+    raise AssertionError("no selection within the gap of one that fits")
 
 
 def _best_multiplier(fronts: list[_Front], budget: int) -> tuple[float, list[int]]:
@@ -101,15 +99,12 @@ def _best_multiplier(fronts: list[_Front], budget: int) -> tuple[float, list[int
         return chosen, sum(int(f.cost[i]) for f, i in zip(fronts, chosen, strict=True))
 
     # Beyond the steepest step of any front the cheapest candidates are chosen, and they fit.
-    low, high = (
-        0.0,
-        2
-        * max(
-            float((-np.diff(front.loss) / np.diff(front.cost)).max())
-            for front in fronts
-            if len(front.cost) > 1
-        ),
+    steepest = max(
+        float((-np.diff(front.loss) / np.diff(front.cost)).max())
+        for front in fronts
+        if len(front.cost) > 1
     )
+    low, high = 0.0, 2 * steepest
     while low < (middle := (low + high) / 2) < high:
         if select(middle)[1] <= budget:
             high = middle

@@ -1,0 +1,93 @@
+"""Measures what calibration costs against two plain forward passes over the same images.
+
+    python scripts/measure_calibration_cost.py CONFIG --out FILE.json [--FIELD VALUE …]
+
+In one run: accelerates the network of CONFIG, then times jitted passes of the original and of the
+accelerated network over the calibration images, compilation included on both sides. Calibration is
+all of ``accelerate`` but solving.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shlex
+import sys
+import time
+from pathlib import Path
+from typing import Annotated
+
+import jax
+import numpy as np
+import tyro
+
+from accel import ConsoleProgress, accelerate
+from accel.calibration import full_batches
+from accel.configuration import load_config
+from accel.evaluation.forward import forward_function
+from accel.experiment import Experiment
+
+
+@dataclasses.dataclass(frozen=True)
+class Measurement:
+    """The experiment, and the file for the figures."""
+
+    experiment: Annotated[tyro.conf.AvoidSubcommands[Experiment], tyro.conf.arg(name="")]
+    out: Path
+
+
+def forward_seconds(model, source, batch_size: int) -> float:
+    """Seconds of a jitted pass over all images, without keeping the outputs."""
+    start = time.perf_counter()
+    forward, state = forward_function(model)
+    jitted = jax.jit(forward)
+    for batch in full_batches(source, batch_size):
+        np.asarray(jitted(state, batch))
+    return time.perf_counter() - start
+
+
+def main() -> None:
+    config, *arguments = sys.argv[1:]
+    default = Measurement(load_config(Path(config)), tyro.MISSING)
+    asked = tyro.cli(Measurement, args=arguments, default=default)
+    experiment = asked.experiment
+    original = experiment.load_model()
+    images = experiment.limited(experiment.calibration)
+    with ConsoleProgress() as progress:
+        result = accelerate(
+            original,
+            images,
+            experiment.speedup,
+            decomposition=experiment.decomposition,
+            solver=experiment.solver,
+            asymmetric=experiment.asymmetric,
+            rank_selection=experiment.rank_selection,
+            rules=experiment.rules,
+            positions_per_image=experiment.positions_per_image,
+            batch_size=experiment.batch_size,
+            seed=experiment.seed,
+            progress=progress,
+        )
+    passes = {
+        "original": forward_seconds(original, images, experiment.batch_size),
+        "accelerated": forward_seconds(result.model, images, experiment.batch_size),
+    }
+    report = result.report
+    figures = {
+        "command": shlex.join(["python", *sys.argv]),
+        "device": report.device,
+        "versions": dict(report.versions),
+        "images": len(images),
+        "calibrate_seconds": report.seconds["calibrate"],
+        "solve_seconds": report.seconds["solve"],
+        "forward_seconds": passes,
+        "calibrate_over_two_passes": report.seconds["calibrate"] / sum(passes.values()),
+        "memory": dict(report.memory),
+    }
+    asked.out.parent.mkdir(parents=True, exist_ok=True)
+    asked.out.write_text(json.dumps(figures, indent=2) + "\n")
+    print(asked.out.read_text())
+
+
+if __name__ == "__main__":
+    main()

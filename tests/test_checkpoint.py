@@ -1,0 +1,82 @@
+import jax
+import jax.numpy as jnp
+import networks
+import numpy as np
+import pytest
+from flax import nnx
+
+import accel
+from accel.batch_norm import find_foldable, fold_batch_norm
+from accel.models import ModelSpec
+from accel.plan import AccelerationPlan, LayerPlan
+from accel.rewrite import rewrite
+
+SPEC = ModelSpec(
+    "vgg11",
+    {"num_classes": 3, "hidden_features": [8], "pooled_size": 1, "batch_norm": True},
+)
+IMAGES = jax.random.normal(jax.random.key(0), (2, 32, 32, 3))
+
+
+def accelerated():
+    model = SPEC.build(nnx.Rngs(1))
+    model.eval()
+    pairs = find_foldable(model, IMAGES)
+    plan = AccelerationPlan((LayerPlan("conv3_1", "channel", (7,)), LayerPlan("conv1_1")), pairs)
+    result = rewrite(fold_batch_norm(model, pairs), plan)
+    for index, (_, variable) in enumerate(nnx.to_flat_state(nnx.state(result, nnx.Param))):
+        noise = jax.random.normal(jax.random.key(index), variable.shape)
+        variable[...] = variable[...] + 0.01 * noise
+    return result, plan
+
+
+def test_an_accelerated_network_is_rebuilt_from_its_folder_alone(tmp_path):
+    model, plan = accelerated()
+    accel.save_model(tmp_path / "model", model, SPEC, plan)
+    again = accel.load_model(tmp_path / "model")
+    np.testing.assert_array_equal(again(IMAGES), model(IMAGES))
+    assert [file.name for file in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_users_network_is_rebuilt_with_a_builder(tmp_path):
+    result = accel.accelerate(networks.network("residual"), networks.images(20), 2.0)
+    accel.save_model(tmp_path / "model", result.model, plan=result.plan)
+    again = accel.load_model(tmp_path / "model", lambda: networks.Residual(nnx.Rngs(9)))
+    images = networks.images(3, seed=1)
+    np.testing.assert_array_equal(again(images), result.model(images))
+    with pytest.raises(ValueError, match="does not say how its network is built"):
+        accel.load_model(tmp_path / "model")
+
+
+def test_nothing_is_overwritten(tmp_path):
+    model, plan = accelerated()
+    (tmp_path / "model").mkdir()
+    with pytest.raises(FileExistsError, match="exists already; nothing is overwritten"):
+        accel.save_model(tmp_path / "model", model, SPEC, plan)
+
+
+def test_a_network_that_does_not_fit_the_folder_is_refused(tmp_path):
+    model, plan = accelerated()
+    accel.save_model(tmp_path / "model", model, SPEC, plan)
+
+    def other(**options):
+        return lambda: ModelSpec("vgg11", {**SPEC.options, **options}).build()
+
+    with pytest.raises(ValueError, match=r"'fc7/bias' has shape \(3,\), the network needs \(4,\)"):
+        accel.load_model(tmp_path / "model", other(num_classes=4))
+    with pytest.raises(ValueError, match="the network needs 'fc8/bias', which was not saved"):
+        accel.load_model(tmp_path / "model", other(hidden_features=(8, 8)))
+    (tmp_path / "model" / "model.json").write_text('{"format": 99}')
+    with pytest.raises(ValueError, match=r"expected format 1 in model\.json, found 99"):
+        accel.load_model(tmp_path / "model")
+    with pytest.raises(ValueError, match="is no model folder"):
+        accel.load_model(tmp_path / "nothing")
+
+
+def test_a_half_written_folder_of_a_killed_run_does_not_stand_in_the_way(tmp_path):
+    model, plan = accelerated()
+    (tmp_path / "model.partial").mkdir()
+    (tmp_path / "model.partial" / "rest").write_text("of a killed run")
+    accel.save_model(tmp_path / "model", model, SPEC, plan)
+    assert jnp.isfinite(accel.load_model(tmp_path / "model")(IMAGES)).all()
+    assert not (tmp_path / "model" / "rest").exists()

@@ -1,0 +1,172 @@
+"""Every documented command, run for real (with --smoke where it would take long)."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from safetensors.numpy import save_file
+
+import accel
+from accel.cli import main
+from accel.data import fashion_test_images
+
+ROOT = Path(__file__).parent.parent
+REPORT_FIELDS = {
+    "model",
+    "device",
+    "versions",
+    "macs",
+    "latency",
+    "metrics",
+    "layers",
+    "seconds",
+}
+
+
+@pytest.fixture(scope="module")
+def quickstart(tmp_path_factory):
+    out = tmp_path_factory.mktemp("quickstart") / "out"
+    assert main(["run", str(ROOT / "configs/quickstart.py"), "--smoke", "--out", str(out)]) == 0
+    return out
+
+
+def test_the_quickstart_writes_its_folder(quickstart):
+    assert {p.name for p in quickstart.iterdir()} == {
+        "experiment.json",
+        "log.txt",
+        "model",
+        "report.json",
+    }
+    report = json.loads((quickstart / "report.json").read_text())
+    assert report.keys() >= REPORT_FIELDS
+    assert report["macs"]["speedup"] >= 4.0
+    assert report["seconds"].keys() >= {"calibrate", "solve", "evaluate", "total"}
+    assert report["latency"]["1"].keys() >= {"original_ms", "accelerated_ms", "speedup"}
+    assert report["metrics"]["top1"].keys() == {"original", "accelerated"}
+    assert [layer["path"] for layer in report["layers"]] == [
+        *("conv1_1", "conv1_2", "conv2_1", "conv2_2", "conv3_1", "conv3_2", "conv3_3")
+    ]
+    assert "conv3_3" in (quickstart / "log.txt").read_text()
+    model = accel.load_model(quickstart / "model")
+    images = next(fashion_test_images().batches(8))
+    assert np.isfinite(model(images)).all()
+
+
+def test_nothing_is_overwritten(quickstart, capfd):
+    config = str(ROOT / "configs/quickstart.py")
+    assert main(["run", config, "--smoke", "--out", str(quickstart)]) == 1
+    assert "exists already; nothing is overwritten" in capfd.readouterr().err.replace("\n", " ")
+
+
+def test_a_stopped_run_of_another_experiment_is_not_mixed_up(tmp_path, capfd):
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / "experiment.json").write_text("{}")
+    config = str(ROOT / "configs/quickstart.py")
+    assert main(["run", config, "--smoke", "--out", str(tmp_path / "out")]) == 1
+    assert "unfinished run of another experiment" in capfd.readouterr().err.replace("\n", " ")
+
+
+def test_fields_are_overridden_and_recorded(tmp_path):
+    out = tmp_path / "out"
+    config = str(ROOT / "configs/quickstart.py")
+    overrides = ["--speedup", "2.5", "--solver", "reduced_rank_regression", "--rank-selection"]
+    overrides += ["uniform", "--seed", "3", "--latency-batches"]
+    assert main(["run", config, "--smoke", "--out", str(out), *overrides]) == 0
+    report = json.loads((out / "report.json").read_text())
+    assert 2.5 <= report["macs"]["speedup"] < 2.6
+    assert report["settings"]["solver"]["name"] == "ReducedRankRegression"
+    assert report["settings"]["rank_selection"] == "uniform"
+    assert report["settings"]["seed"] == 3
+
+
+def tiny_vgg16(path, classes=None):
+    """A VGG-16 file under torchvision's names, as wide as the real one."""
+    widths = [64, 64, 128, 128, 256, 256, 256, *[512] * 6]
+    indices = [0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28]
+    random = np.random.default_rng(0)
+    tensors, channels = {}, 3
+    for index, width in zip(indices, widths, strict=True):
+        kernel = random.standard_normal((width, channels, 3, 3)) * np.sqrt(2 / (9 * channels))
+        tensors[f"features.{index}.weight"] = kernel.astype(np.float32)
+        tensors[f"features.{index}.bias"] = np.zeros(width, np.float32)
+        channels = width
+    save_file(tensors, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pictures")
+    random = np.random.default_rng(0)
+    for index in range(4):
+        pixels = random.integers(0, 256, (9, 12, 3), np.uint8)
+        Image.fromarray(pixels).resize((80, 60)).save(folder / f"{index}.png")
+    return folder
+
+
+def test_vgg16_photos_runs_on_a_weight_file_and_a_folder_of_pictures(tmp_path, pictures):
+    weights = tiny_vgg16(tmp_path / "vgg16.safetensors")
+    arguments = ["--smoke", "--weights", str(weights), "--out", str(tmp_path / "out")]
+    for which in ("calibration", "evaluation"):
+        arguments += [f"--{which}.folder", str(pictures), f"--{which}.image-size", "32"]
+        arguments += [f"--{which}.shorter-side", "40"]
+    assert main(["run", str(ROOT / "configs/vgg16_photos.py"), *arguments]) == 0
+    metrics = json.loads((tmp_path / "out" / "report.json").read_text())["metrics"]
+    assert metrics.keys() == {"relative_squared_error", "cosine"}
+
+
+@pytest.mark.parametrize("config", ["vgg16_photos", "vgg16_imagenet", "vgg16_imagenet_folder"])
+def test_a_config_without_its_files_says_what_is_missing(config, tmp_path, capfd):
+    arguments = ["run", str(ROOT / f"configs/{config}.py"), "--out", str(tmp_path / "out")]
+    assert main(arguments) == 1
+    assert "no weights given (--weights FILE)" in capfd.readouterr().err
+    weights = str(tiny_vgg16(tmp_path / "weights.safetensors"))
+    assert main([*arguments, "--weights", weights, "--out", str(tmp_path / "other")]) == 1
+
+
+def test_convert_makes_a_model_folder_that_run_takes(tmp_path, capfd):
+    file = ROOT / "accel/bundled/fashion_vgg.safetensors"
+    folder = tmp_path / "model"
+    convert = ["convert", str(file), "--model", "small_vgg", "--out", str(folder)]
+    assert main(convert) == 0
+    config = str(ROOT / "configs/quickstart.py")
+    out = tmp_path / "out"
+    assert main(["run", config, "--smoke", "--weights", str(folder), "--out", str(out)]) == 0
+    capfd.readouterr()
+    assert main(convert) == 1
+    assert "exists already" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["run", "nothing.py"], "nothing.py: no such config file"),
+        (["run", str(ROOT / "accel/plan.py")], "expected an Experiment called 'config'"),
+        (["convert", "nothing.h5", "--model", "vgg16", "--out", "x"], "nothing.h5"),
+        (["convert", "nothing.h5", "--model", "vgg99", "--out", "x"], "unknown model 'vgg99'"),
+    ],
+)
+def test_bad_input_ends_in_one_line(arguments, message, capfd):
+    assert main(arguments) == 1
+    error = capfd.readouterr().err.replace("\n", " ")
+    assert message in error
+    assert "Traceback" not in error
+
+
+def test_usage(capfd):
+    assert main([]) == 0
+    assert "accel run CONFIG" in capfd.readouterr().out
+    assert main(["dance"]) == 2
+
+
+@pytest.mark.slow
+def test_the_bundled_network_keeps_its_accuracy_at_4x(tmp_path):
+    out = tmp_path / "out"
+    assert main(["run", str(ROOT / "configs/quickstart.py"), "--out", str(out)]) == 0
+    top1 = json.loads((out / "report.json").read_text())["metrics"]["top1"]
+    assert top1["original"] >= 0.93
+    assert top1["accelerated"] >= top1["original"] - 0.02
+    shutil.rmtree(out)
