@@ -82,7 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if command == "convert":
             return _convert(tyro.cli(Convert, args=rest, prog="accel convert"))
     except (ValueError, OSError) as error:
-        Console(stderr=True).print(f"accel: {error}", style="red", markup=False, highlight=False)
+        print(f"accel: {error}", file=sys.stderr)
         return 1
     print(USAGE, end="")
     return 0 if command in ("-h", "--help") else 2

@@ -64,8 +64,8 @@ def test_a_network_that_does_not_fit_the_folder_is_refused(tmp_path):
 
     with pytest.raises(ValueError, match=r"'fc7/bias' has shape \(3,\), the network needs \(4,\)"):
         accel.load_model(tmp_path / "model", other(num_classes=4))
-    with pytest.raises(ValueError, match="the network needs 'fc8/bias', which was not saved"):
-        accel.load_model(tmp_path / "model", other(hidden_features=(8, 8)))
+    with pytest.raises(ValueError, match="the network needs 'conv1_2/bias', which was not saved"):
+        accel.load_model(tmp_path / "model", ModelSpec("vgg13", SPEC.options).build)
     (tmp_path / "model" / "model.json").write_text('{"format": 99}')
     with pytest.raises(ValueError, match=r"expected format 1 in model\.json, found 99"):
         accel.load_model(tmp_path / "model")

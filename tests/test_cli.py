@@ -58,7 +58,7 @@ def test_the_quickstart_writes_its_folder(quickstart):
 def test_nothing_is_overwritten(quickstart, capfd):
     config = str(ROOT / "configs/quickstart.py")
     assert main(["run", config, "--smoke", "--out", str(quickstart)]) == 1
-    assert "exists already; nothing is overwritten" in capfd.readouterr().err.replace("\n", " ")
+    assert "exists already; nothing is overwritten" in capfd.readouterr().err
 
 
 def test_a_stopped_run_of_another_experiment_is_not_mixed_up(tmp_path, capfd):
@@ -66,7 +66,7 @@ def test_a_stopped_run_of_another_experiment_is_not_mixed_up(tmp_path, capfd):
     (tmp_path / "out.partial" / "experiment.json").write_text("{}")
     config = str(ROOT / "configs/quickstart.py")
     assert main(["run", config, "--smoke", "--out", str(tmp_path / "out")]) == 1
-    assert "unfinished run of another experiment" in capfd.readouterr().err.replace("\n", " ")
+    assert "unfinished run of another experiment" in capfd.readouterr().err
 
 
 def test_fields_are_overridden_and_recorded(tmp_path):
@@ -151,9 +151,9 @@ def test_convert_makes_a_model_folder_that_run_takes(tmp_path, capfd):
 )
 def test_bad_input_ends_in_one_line(arguments, message, capfd):
     assert main(arguments) == 1
-    error = capfd.readouterr().err.replace("\n", " ")
+    error = capfd.readouterr().err
     assert message in error
-    assert "Traceback" not in error
+    assert error.count("\n") == 1
 
 
 def test_usage(capfd):

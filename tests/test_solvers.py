@@ -112,6 +112,18 @@ def test_the_alternating_solver_is_never_worse_than_the_linear_one():
     assert np.mean(np.array(ratios) < 0.999) > 0.6
 
 
+def test_the_best_iterate_is_returned_not_the_last():
+    """A λ far too small after a good one leads away from where the good one had come to."""
+    for seed in (0, 2, 4):
+        _, responses, rank = make_problem(seed)
+        good, longer = (
+            Alternating(schedule=schedule)(responses, rank).info
+            for schedule in (((1.0, 20),), ((1.0, 20), (1e-6, 5)))
+        )
+        assert good.objective < 0.99 * good.linear_objective
+        assert longer.objective <= good.objective * (1 + 1e-6)
+
+
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_float32_reaches_the_objective_of_float64(solver):
     """Within 1e-4 relative, down to 1e-10 of the targets' energy.
@@ -216,10 +228,13 @@ def test_asymmetric_is_no_worse_than_the_symmetric_map_on_perturbed_inputs(activ
 
 
 def test_constant_channels_take_no_part_even_after_rounding():
-    """The mean of equal float32 numbers is not that number: the rest must not be blown up."""
+    """A constant that flickers in its last bit would become a channel of noise when scaled."""
     random = np.random.default_rng(8)
     targets = random.standard_normal((4000, 5)).astype(np.float32)
-    inputs = np.concatenate([targets, np.full((4000, 3), 1234.567, np.float32)], axis=1)
+    flicker = 1 + 2.0**-23 * random.integers(-1, 2, (4000, 3))
+    constant = np.full((4000, 3), 1234.567)
+    inputs = np.concatenate([targets, constant, constant * flicker], axis=1).astype(np.float32)
+    assert inputs.std(0)[8:].all()
     for dtype in ("float32", "float64"):
         found = ReducedRankRegression(dtype=dtype)(Responses(inputs, targets), 5)
         assert not np.asarray(found.reduce)[:, 5:].any()
