@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Literal, NamedTuple, cast, final
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import scipy.linalg  # noqa: F401  XLA calls this OpenBLAS; only a loaded one can be limited.
 from jaxtyping import Array, Float, Int
+from threadpoolctl import threadpool_limits
 
 from accel.solvers.linear_algebra import contract
 
@@ -184,9 +187,16 @@ def widest_dtype() -> Literal["float32", "float64"]:
     return "float32" if jax.default_backend() == "tpu" else "float64"
 
 
-def arithmetic(dtype: str) -> AbstractContextManager:
-    """A scope in which arrays of ``dtype`` can be made, whatever JAX's x64 mode is outside."""
-    return jax.enable_x64(True) if dtype == "float64" else nullcontext()
+@contextmanager
+def arithmetic(dtype: str) -> Iterator[None]:
+    """A scope in which arrays of ``dtype`` can be made, whatever JAX's x64 mode is outside.
+
+    LAPACK has one thread in it (XLA's own matrix products keep theirs): OpenBLAS' threads wait for
+    each other in busy loops, which makes it several times slower where another process has a core.
+    """
+    precision = jax.enable_x64(True) if dtype == "float64" else nullcontext()
+    with precision, threadpool_limits(1, user_api="blas"):
+        yield
 
 
 def checked(responses: Responses, activation: Activation) -> Responses:
