@@ -12,7 +12,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
-import shlex
 import sys
 import tempfile
 import time
@@ -27,7 +26,7 @@ import tyro
 from accel.accelerate import calibrate, reconstruct, select_ranks
 from accel.configuration import load_config
 from accel.experiment import Experiment
-from accel.report.environment import device_name, versions
+from accel.report.environment import command_line, device_name, versions
 
 SOLVERS = {"linear": "reduced_rank_regression", "nonlinear": "alternating"}
 RANKS = {"uniform": "uniform", "greedy": "greedy_energy", "exact": "exact_energy"}
@@ -161,7 +160,7 @@ def main() -> None:
     (out / "environment.json").write_text(
         json.dumps(
             {
-                "command": shlex.join(["python", *sys.argv]),
+                "command": command_line(),
                 "device": device_name(),
                 "versions": versions(),
             },

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import shlex
 import sys
 import time
 from pathlib import Path
@@ -26,6 +25,7 @@ from accel.calibration import full_batches
 from accel.configuration import load_config
 from accel.evaluation.forward import forward_function
 from accel.experiment import Experiment
+from accel.report.environment import command_line
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +74,7 @@ def main() -> None:
     }
     report = result.report
     figures = {
-        "command": shlex.join(["python", *sys.argv]),
+        "command": command_line(),
         "device": report.device,
         "versions": dict(report.versions),
         "images": len(images),

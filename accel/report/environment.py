@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 import platform
+import shlex
+import sys
 from importlib import metadata
+from pathlib import Path
 
 import jax
 
@@ -29,6 +32,12 @@ def versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             continue
     return found
+
+
+def command_line() -> str:
+    """The command that is running; of absolute paths, which tell of one machine, only the name."""
+    arguments = (Path(a).name if Path(a).is_absolute() else a for a in sys.argv)
+    return shlex.join(["python", *arguments])
 
 
 def _processor() -> str:
