@@ -81,7 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _run(Path(rest[0]), rest[1:])
         if command == "convert":
             return _convert(tyro.cli(Convert, args=rest, prog="accel convert"))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ArithmeticError) as error:
         print(f"accel: {error}", file=sys.stderr)
         return 1
     print(USAGE, end="")
