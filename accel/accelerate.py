@@ -10,6 +10,7 @@ Zhang, Zou, He, Sun, arXiv:1505.06798, sections 3.1 to 3.4.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -378,11 +379,12 @@ def reconstruct(
         start = time.perf_counter()
         inputs = run.responses(calibration.positions[call.path], progress.advance)
         responded = time.perf_counter()
-        solution = None if resume is None else load_solution(resume, call.path, rank)
+        problem = _problem(calibration, call, inputs, rank, solver, asymmetric)
+        solution = None if resume is None else load_solution(resume, call.path, problem)
         if solution is None:
             solution = _solve(calibration, call, inputs, rank, solver, asymmetric)
             if resume is not None:
-                save_solution(resume, call.path, solution)
+                save_solution(resume, call.path, solution, problem)
         errors[call.path] = solution.response_error
         bias = None if call.layer.bias is None else call.layer.bias[...]
         weights[call.path] = decomposition.weights(
@@ -401,6 +403,21 @@ def reconstruct(
         "images": len(calibration.source),
     }
     return Result(model, plan, dataclasses.replace(report, settings=settings))
+
+
+def _problem(
+    calibration: Calibration,
+    call: LayerCall,
+    inputs: np.ndarray,
+    rank: int,
+    solver: Solver,
+    asymmetric: bool,
+) -> str:
+    """Tells the problem of one layer from every other: all that its solution hangs on."""
+    digest = hashlib.sha256(repr((rank, solver, asymmetric, call.activation)).encode())
+    for array in (inputs, calibration.targets[call.path], calibration.fitting):
+        digest.update(np.ascontiguousarray(array).data)
+    return digest.hexdigest()
 
 
 def _solve(

@@ -72,18 +72,11 @@ def load_model(folder: Path, build: Callable[[], nnx.Module] | None = None) -> n
         ValueError: If the folder is no model folder, or the network that is built does not fit it.
     """
     folder = Path(folder)
-    try:
-        description = json.loads((folder / "model.json").read_text())
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{folder} is no model folder: {error}") from error
-    if description.get("format") != FORMAT:
-        raise ValueError(
-            f"{folder}: expected format {FORMAT} in model.json, found {description.get('format')}"
-        )
+    spec = saved_spec(folder)
     if build is None:
-        if description["model"] is None:
+        if spec is None:
             raise ValueError(f"{folder} does not say how its network is built; give load a builder")
-        build = ModelSpec(**description["model"]).build
+        build = spec.build
     plan_file = folder / "plan.json"
     plan = AccelerationPlan.from_json(plan_file.read_text()) if plan_file.exists() else None
 
@@ -92,7 +85,12 @@ def load_model(folder: Path, build: Callable[[], nnx.Module] | None = None) -> n
         return model if plan is None else rewrite(fold_batch_norm(model, plan.folded), plan)
 
     model = nnx.eval_shape(rebuild)
-    expected = _arrays(model)
+    # On this machine's device, whichever it was saved on.
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    expected = {
+        path: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=here)
+        for path, array in _arrays(model).items()
+    }
     with ocp.StandardCheckpointer() as checkpointer:
         saved = checkpointer.metadata((folder / "checkpoint").resolve()).item_metadata
         _check_fit(folder, expected, saved)
@@ -104,6 +102,23 @@ def load_model(folder: Path, build: Callable[[], nnx.Module] | None = None) -> n
     model = nnx.merge(graphdef, nnx.from_flat_state(flat))
     model.eval()
     return model
+
+
+def saved_spec(folder: Path) -> ModelSpec | None:
+    """What the network in a model folder was built from, None where the folder does not say.
+
+    Raises:
+        ValueError: If the folder is no model folder.
+    """
+    try:
+        description = json.loads((Path(folder) / "model.json").read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{folder} is no model folder: {error}") from error
+    if description.get("format") != FORMAT:
+        raise ValueError(
+            f"{folder}: expected format {FORMAT} in model.json, found {description.get('format')}"
+        )
+    return None if description["model"] is None else ModelSpec(**description["model"])
 
 
 def _arrays(model: nnx.Module) -> dict[str, jax.Array | jax.ShapeDtypeStruct]:

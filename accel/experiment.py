@@ -19,7 +19,7 @@ from flax import nnx
 
 from accel.accelerate import Result, accelerate
 from accel.benchmark import latency
-from accel.checkpoint import load_model, save_model
+from accel.checkpoint import load_model, save_model, saved_spec
 from accel.data import (
     CentreView,
     PixelSource,
@@ -205,7 +205,13 @@ class Experiment:
             with resources.as_file(file) as path:
                 return load(path, self.model)
         path = Path(self.weights)
-        return load_model(path) if path.is_dir() else load(path, self.model)
+        if not path.is_dir():
+            return load(path, self.model)
+        if (spec := saved_spec(path)) != self.model:
+            raise ValueError(f"{path} holds {spec}, the experiment is about {self.model}")
+        if (path / "plan.json").exists():
+            raise ValueError(f"{path} holds a network that was folded or accelerated already")
+        return load_model(path)
 
     def accuracy(self, model: nnx.Module) -> dict[str, float]:
         """Accuracies of a network on the evaluation images; none where they were not asked for."""
@@ -262,11 +268,16 @@ def run(experiment: Experiment, name: str, out: Path, progress: Progress) -> Res
         ValueError: If something of the experiment does not fit; before long work where possible.
     """
     start = time.perf_counter()
-    partial = _begin(experiment, out)
-    progress.say(f"writing to {out}; if stopped, it goes on when called again with --out {out}")
+    if out.exists():
+        raise FileExistsError(f"{out} exists already; nothing is overwritten")
     original = experiment.load_model()
     images = experiment.limited(experiment.calibration)
     experiment.limited(experiment.evaluation)  # What is wrong with it shows now.
+    partial = _begin(experiment, out)
+    progress.say(f"writing to {out}; if stopped, it goes on when called again with --out {out}")
+    # Before the long work, so that labels which do not fit the network show at once.
+    before = experiment.accuracy(original)
+    before_seconds = time.perf_counter() - start
     result = accelerate(
         original,
         images,
@@ -284,7 +295,7 @@ def run(experiment: Experiment, name: str, out: Path, progress: Progress) -> Res
     )
     evaluation_start = time.perf_counter()
     progress.say("evaluating")
-    metrics = experiment.evaluate(original, result.model, experiment.accuracy(original))
+    metrics = experiment.evaluate(original, result.model, before)
     times = {}
     if experiment.latency_batches:
         progress.say("timing")
@@ -298,7 +309,7 @@ def run(experiment: Experiment, name: str, out: Path, progress: Progress) -> Res
     end = time.perf_counter()
     seconds = {
         **result.report.seconds,
-        "evaluate": end - evaluation_start,
+        "evaluate": before_seconds + end - evaluation_start,
         "total": end - start,
     }
     report = dataclasses.replace(
@@ -314,8 +325,6 @@ def run(experiment: Experiment, name: str, out: Path, progress: Progress) -> Res
 
 def _begin(experiment: Experiment, out: Path) -> Path:
     """The folder of an unfinished run, new or left of the same experiment."""
-    if out.exists():
-        raise FileExistsError(f"{out} exists already; nothing is overwritten")
     partial = out.with_name(f"{out.name}.partial")
     record = partial / "experiment.json"
     text = to_json(experiment)
@@ -325,5 +334,7 @@ def _begin(experiment: Experiment, out: Path) -> Path:
             " --out"
         )
     partial.mkdir(parents=True, exist_ok=True)
-    record.write_text(text)
+    unfinished = record.with_suffix(".partial")
+    unfinished.write_text(text)
+    unfinished.replace(record)
     return partial

@@ -18,8 +18,15 @@ class Solution(NamedTuple):
     response_error: float
 
 
-def save_solution(folder: Path, path: str, solution: Solution) -> None:
-    """Writes the solution of the layer at ``path`` to a file of its own, whole or not at all."""
+def save_solution(folder: Path, path: str, solution: Solution, problem: str) -> None:
+    """Writes the solution of the layer at ``path`` to a file of its own, whole or not at all.
+
+    Args:
+        folder: Where to.
+        path: The layer.
+        solution: Its solution.
+        problem: What it is the solution of, as text that is the same for the same problem only.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     file = _file(folder, path)
     partial = file.with_suffix(".partial")
@@ -32,15 +39,16 @@ def save_solution(folder: Path, path: str, solution: Solution) -> None:
             bias=bias,
             info=np.asarray(info),
             response_error=np.asarray(solution.response_error),
+            problem=np.asarray(problem),
         )
     partial.replace(file)
 
 
-def load_solution(folder: Path, path: str, rank: int) -> Solution | None:
+def load_solution(folder: Path, path: str, problem: str) -> Solution | None:
     """The solution of the layer at ``path``, or None if there is none yet.
 
     Raises:
-        ValueError: If there is one for another rank: the folder belongs to another run.
+        ValueError: If there is one of another problem: the folder belongs to another run.
     """
     file = _file(folder, path)
     if not file.exists():
@@ -49,11 +57,9 @@ def load_solution(folder: Path, path: str, rank: int) -> Solution | None:
         reduce, expand, bias = (jnp.asarray(arrays[name]) for name in ("reduce", "expand", "bias"))
         info = SolverInfo(*(float(value) for value in arrays["info"]))
         response_error = float(arrays["response_error"])
-    if reduce.shape[0] != rank:
-        raise ValueError(
-            f"{path}: {file} holds a solution of rank {reduce.shape[0]}, expected {rank};"
-            " the folder belongs to another run"
-        )
+        found = str(arrays["problem"])
+    if found != problem:
+        raise ValueError(f"{path}: {file} holds the solution of another problem: another run's")
     return Solution(Factorization(reduce, expand, bias, info), response_error)
 
 

@@ -277,5 +277,7 @@ def test_a_run_that_was_stopped_goes_on_where_it_was(calibrations, tmp_path):
     assert len(list(tmp_path.iterdir())) == 2
     resumed = reconstruct(calibration, plan, resume=tmp_path)
     jax.tree.map(np.testing.assert_array_equal, nnx.state(whole.model), nnx.state(resumed.model))
+    with pytest.raises(ValueError, match=r"first: .* holds the solution of another problem"):
+        reconstruct(calibration, plan, solver="pca", resume=tmp_path)
     strip = lambda report: [dataclasses.asdict(layer) for layer in report.layers]  # noqa: E731
     assert strip(whole.report) == strip(resumed.report)

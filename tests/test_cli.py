@@ -123,8 +123,10 @@ def test_a_config_without_its_files_says_what_is_missing(config, tmp_path, capfd
     arguments = ["run", str(ROOT / f"configs/{config}.py"), "--out", str(tmp_path / "out")]
     assert main(arguments) == 1
     assert "no weights given (--weights FILE)" in capfd.readouterr().err
+    # A failed start leaves nothing that stands in the way of the corrected command.
     weights = str(tiny_vgg16(tmp_path / "weights.safetensors"))
-    assert main([*arguments, "--weights", weights, "--out", str(tmp_path / "other")]) == 1
+    assert main([*arguments, "--weights", weights]) == 1
+    assert "another experiment" not in capfd.readouterr().err
 
 
 def test_convert_makes_a_model_folder_that_run_takes(tmp_path, capfd):
@@ -138,6 +140,15 @@ def test_convert_makes_a_model_folder_that_run_takes(tmp_path, capfd):
     capfd.readouterr()
     assert main(convert) == 1
     assert "exists already" in capfd.readouterr().err
+
+
+def test_a_model_folder_of_another_network_is_refused(tmp_path, capfd):
+    file, folder = ROOT / "accel/bundled/fashion_vgg.safetensors", tmp_path / "model"
+    assert main(["convert", str(file), "--model", "small_vgg", "--out", str(folder)]) == 0
+    config = str(ROOT / "configs/vgg16_photos.py")
+    out = str(tmp_path / "out")
+    assert main(["run", config, "--weights", str(folder), "--out", out]) == 1
+    assert "holds ModelSpec(name='small_vgg'" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(
