@@ -213,6 +213,30 @@ class Experiment:
             raise ValueError(f"{path} holds a network that was folded or accelerated already")
         return load_model(path)
 
+    def accelerate(
+        self,
+        original: nnx.Module,
+        images: PixelSource,
+        progress: Progress,
+        resume: Path | None = None,
+    ) -> Result:
+        """``accel.accelerate`` as the experiment says."""
+        return accelerate(
+            original,
+            images,
+            self.speedup,
+            decomposition=self.decomposition,
+            solver=self.solver,
+            asymmetric=self.asymmetric,
+            rank_selection=self.rank_selection,
+            rules=self.rules,
+            positions_per_image=self.positions_per_image,
+            batch_size=self.batch_size,
+            seed=self.seed,
+            resume=resume,
+            progress=progress,
+        )
+
     def accuracy(self, model: nnx.Module) -> dict[str, float]:
         """Accuracies of a network on the evaluation images; none where they were not asked for."""
         if "accuracy" not in self.metrics:
@@ -278,21 +302,7 @@ def run(experiment: Experiment, name: str, out: Path, progress: Progress) -> Res
     # Before the long work, so that labels which do not fit the network show at once.
     before = experiment.accuracy(original)
     before_seconds = time.perf_counter() - start
-    result = accelerate(
-        original,
-        images,
-        experiment.speedup,
-        decomposition=experiment.decomposition,
-        solver=experiment.solver,
-        asymmetric=experiment.asymmetric,
-        rank_selection=experiment.rank_selection,
-        rules=experiment.rules,
-        positions_per_image=experiment.positions_per_image,
-        batch_size=experiment.batch_size,
-        seed=experiment.seed,
-        resume=partial / "layers",
-        progress=progress,
-    )
+    result = experiment.accelerate(original, images, progress, resume=partial / "layers")
     evaluation_start = time.perf_counter()
     progress.say("evaluating")
     metrics = experiment.evaluate(original, result.model, before)

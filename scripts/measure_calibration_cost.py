@@ -20,7 +20,7 @@ import jax
 import numpy as np
 import tyro
 
-from accel import ConsoleProgress, accelerate
+from accel import ConsoleProgress
 from accel.calibration import full_batches
 from accel.configuration import load_config
 from accel.evaluation.forward import forward_function
@@ -54,20 +54,7 @@ def main() -> None:
     original = experiment.load_model()
     images = experiment.limited(experiment.calibration)
     with ConsoleProgress() as progress:
-        result = accelerate(
-            original,
-            images,
-            experiment.speedup,
-            decomposition=experiment.decomposition,
-            solver=experiment.solver,
-            asymmetric=experiment.asymmetric,
-            rank_selection=experiment.rank_selection,
-            rules=experiment.rules,
-            positions_per_image=experiment.positions_per_image,
-            batch_size=experiment.batch_size,
-            seed=experiment.seed,
-            progress=progress,
-        )
+        result = experiment.accelerate(original, images, progress)
     passes = {
         "original": forward_seconds(original, images, experiment.batch_size),
         "accelerated": forward_seconds(result.model, images, experiment.batch_size),
