@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 # A standard deviation below this many ulps of the channel's magnitude is the rounding of a
 # constant.
@@ -76,12 +76,34 @@ def whiten(inputs: Float[Array, "n d_in"], rounding: float) -> Whitening:
     left, singular_values, right = jnp.linalg.svd(triangle, full_matrices=False)
     kept = singular_values > DEPENDENT_ULPS * rounding * singular_values[0]
     inverse = jnp.where(kept, 1 / jnp.where(kept, singular_values, 1), 0)
-    return Whitening(
-        rows=contract("nj,jk->nk", orthonormal, left) * kept,
-        transform=inverse[:, None] * right * inverse_length,
-        mean=mean,
-        singular_values=singular_values * kept,
-    )
+    rows = contract("nj,jk->nk", orthonormal, left) * kept
+    transform = inverse[:, None] * right * inverse_length
+    if inputs.dtype == jnp.float32:
+        rows, transform = _refined(centred, transform, kept)
+    return Whitening(rows, transform, mean, singular_values * kept)
+
+
+def _refined(
+    centred: Float[Array, "n d_in"], transform: Float[Array, "k d_in"], kept: Bool[Array, " k"]
+) -> tuple[Float[Array, "n k"], Float[Array, "k d_in"]]:
+    """Whitened rows and their transform, true to each other and orthonormal to a few ulps.
+
+    A float32 QR leaves columns that are orthonormal to about 1e-6, and in a direction of singular
+    value s the transform gives other rows than Q U by 1e-7 / s. An iteration takes its steps as if
+    both were exact, and the errors add up along its path: to 4e-4 of the objective in 50 steps.
+    In float64 they are far below all that matters.
+
+    The rows are the transform's own, made orthonormal by ``Q ← Q (3 I - QᵀQ) / 2``, which squares
+    QᵀQ's distance from I. That is at most 1 / DEPENDENT_ULPS: two steps bring it down to 1e-6 in
+    the worst case, and to rounding in any other.
+    """
+    rows = contract("ni,ki->nk", centred, transform)
+    for _ in range(2):
+        missing = (jnp.diag(kept.astype(rows.dtype)) - contract("nj,nk->jk", rows, rows)) / 2
+        # Added to what is there, so that a small correction is not rounded to the digits of I.
+        rows = rows + contract("nj,jk->nk", rows, missing)
+        transform = transform + contract("jk,ki->ji", missing, transform)
+    return rows, transform
 
 
 def leading_columns(
