@@ -27,7 +27,9 @@ from accel.calibration import (
     ArraySource,
     ImageSource,
     OriginalRun,
+    image_groups,
     sample_positions,
+    split_images,
 )
 from accel.cost import count_conv_macs
 from accel.decompositions import DECOMPOSITIONS, Decomposition, Weights
@@ -131,7 +133,8 @@ def accelerate(
         model: The network, called as ``model(images)`` with ``[batch, …, channels]``; it is not
             changed.
         images: Calibration images as the network takes them, without labels; an array or a source
-            that streams them. A tenth of them, drawn by ``seed``, is kept for measuring errors.
+            that streams them. A tenth of them, drawn by ``seed``, is kept for measuring errors;
+            where the source has ``groups``, a tenth of those (see ``split_images``).
         speedup: Multiply-accumulates of all convolutions now over those wanted.
         decomposition: Name of the chain that replaces a convolution (``DECOMPOSITIONS``).
         solver: How a layer is fitted: a name of ``SOLVERS`` or a solver.
@@ -257,9 +260,7 @@ def calibrate(
     apply_rules(_widths(calls), rules or {})
 
     position_key, image_key = jax.random.split(jax.random.key(seed))
-    order = np.asarray(jax.random.permutation(image_key, len(source)))
-    fitting = np.ones(len(source), bool)
-    fitting[order[: max(1, round(HELD_OUT_FRACTION * len(source)))]] = False
+    fitting = split_images(image_key, image_groups(source), HELD_OUT_FRACTION)
     positions = {
         call.path: sample_positions(
             position_key, call, len(source), batch_size, positions_per_image

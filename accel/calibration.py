@@ -21,7 +21,7 @@ import jax.extend.core as jex
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Integer
 
 from accel.program import LayerCall, Program, specification
 
@@ -29,7 +29,11 @@ HIGHEST = jax.lax.Precision.HIGHEST
 
 
 class ImageSource(Protocol):
-    """Images that can be gone through more than once, always in the same order."""
+    """Images that can be gone through more than once, always in the same order.
+
+    A source may also have ``groups``, a number for each image, to say which of them belong together
+    (windows of one picture); see ``split_images``.
+    """
 
     def __len__(self) -> int: ...
 
@@ -72,6 +76,49 @@ def full_batches(source: ImageSource, batch_size: int) -> Iterator[np.ndarray]:
         yield batch
     if first != len(source):
         raise ValueError(f"the image source has length {len(source)} but gave {first} images")
+
+
+def image_groups(source: ImageSource) -> Integer[np.ndarray, " images"]:
+    """The group of each image; a source that tells of none has each image stand for itself.
+
+    Raises:
+        ValueError: If the source has groups, but not one for each image.
+    """
+    groups = getattr(source, "groups", None)
+    if groups is None:
+        return np.arange(len(source))
+    if np.shape(groups) != (len(source),):
+        raise ValueError(
+            f"the image source has {len(source)} images and groups of the shape {np.shape(groups)}"
+        )
+    return np.asarray(groups)
+
+
+def split_images(
+    key: jax.Array, groups: Integer[np.ndarray, " images"], held_out: float
+) -> Bool[np.ndarray, " images"]:
+    """Which images are fitted to; the others, at least one group, are held out to measure errors.
+
+    Groups are drawn as a whole: windows of one picture overlap, and an error measured on windows of
+    pictures that were fitted to would be too small.
+
+    Args:
+        key: Key of the draw.
+        groups: The group of each image.
+        held_out: The share of groups to hold out.
+
+    Raises:
+        ValueError: If there are fewer than two groups.
+    """
+    names, members = np.unique(groups, return_inverse=True)
+    if len(names) < 2:
+        raise ValueError(
+            f"calibration needs images of 2 pictures or more, so that one of them can be held out,"
+            f" found {len(groups)} of {len(names)}"
+        )
+    order = np.asarray(jax.random.permutation(key, len(names)))
+    drawn = order[: max(1, round(held_out * len(names)))]
+    return ~np.isin(members, drawn)
 
 
 def outputs_per_image(call: LayerCall, batch_size: int) -> int:

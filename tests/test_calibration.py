@@ -4,7 +4,16 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from accel.calibration import AcceleratedRun, ArraySource, OriginalRun, sample_positions
+from accel.accelerate import calibrate
+from accel.calibration import (
+    AcceleratedRun,
+    ArraySource,
+    OriginalRun,
+    image_groups,
+    sample_positions,
+    split_images,
+)
+from accel.data import ArrayImages
 from accel.program import trace
 
 IMAGES, BATCH, PER_IMAGE = 11, 4, 9
@@ -147,3 +156,45 @@ def test_not_a_number_stops_the_run_and_names_the_layer():
     run = OriginalRun(clean, clean.calls, ArraySource(broken), BATCH, positions)
     with pytest.raises(ValueError, match="calibration image 6 holds NaN or Inf"):
         run.responses()
+
+
+@pytest.mark.parametrize(("images", "held_out"), [(2, 1), (9, 1), (24, 2), (365, 36)])
+def test_images_that_stand_for_themselves_are_held_out_one_by_one(images, held_out):
+    key = jax.random.key(4)
+    fitting = split_images(key, image_groups(ArraySource(np.zeros((images, 2, 2, 1)))), 0.1)
+    # The draw that published figures were measured with.
+    order = np.asarray(jax.random.permutation(key, images))
+    assert sorted(np.flatnonzero(~fitting)) == sorted(order[:held_out])
+
+
+def test_groups_of_any_size_and_order_are_held_out_as_a_whole():
+    groups = np.random.default_rng(1).choice([3, 7, -2, 40, 41, 100, 8, 9], 60)
+    drawn = []
+    for seed in range(20):
+        fitting = split_images(jax.random.key(seed), groups, 0.25)
+        fitted, measured = set(groups[fitting]), set(groups[~fitting])
+        assert not fitted & measured
+        assert len(measured) == 2
+        drawn.append(frozenset(measured))
+    assert len(set(drawn)) > 10
+
+
+def test_a_single_group_cannot_be_split():
+    with pytest.raises(ValueError, match=r"images of 2 pictures or more.* found 50 of 1"):
+        split_images(jax.random.key(0), np.zeros(50, int), 0.1)
+
+
+def test_calibration_holds_out_whole_pictures():
+    pixels = np.asarray(networks.images(30))
+    groups = np.arange(30) % 10
+    source = ArrayImages(pixels, "unchanged", groups=groups)
+    fitting = calibrate(networks.network("chain"), source, batch_size=10).fitting
+    assert (~fitting).sum() == 3
+    assert len(set(groups[~fitting])) == 1
+
+
+def test_groups_that_do_not_fit_the_images_are_refused():
+    source = ArraySource(np.zeros((5, 2, 2, 1)))
+    object.__setattr__(source, "groups", np.zeros(4, int))
+    with pytest.raises(ValueError, match=r"5 images and groups of the shape \(4,\)"):
+        image_groups(source)

@@ -103,6 +103,15 @@ def test_the_first_images_of_a_source():
     assert len(source.first(100)) == 7
 
 
+def test_groups_of_images_are_kept():
+    groups = np.array([5, 5, 1, 1, 5, 2, 2])
+    source = ArrayImages(pixels(), "caffe", groups=groups)
+    assert source.first(3).groups.tolist() == [5, 5, 1]
+    assert source.first(3).loaded().groups.tolist() == [5, 5, 1]
+    assert source.first(3).first(2).groups.tolist() == [5, 5]
+    assert ArrayImages(pixels(), "caffe").first(3).groups is None
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -115,6 +124,7 @@ def test_the_first_images_of_a_source():
             "label 3 of image 3 .* 3 classes",
         ),
         ((pixels(), "caffe", np.array([0, -1, 0, 0, 0, 0, 0])), "label -1 of image 1"),
+        ((pixels(), "caffe", None, None, np.zeros(6, int)), "7 images need as many groups"),
     ],
 )
 def test_arrays_that_do_not_fit_together_are_refused(arguments, message):

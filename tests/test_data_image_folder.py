@@ -114,6 +114,7 @@ def test_every_window_is_the_same_whatever_the_batches(tmp_path):
     assert loaded.pixels.dtype == np.uint8
     np.testing.assert_array_equal(np.concatenate(list(loaded.batches(7))), whole)
     assert len({image.tobytes() for image in whole}) == 12
+    assert source.groups.tolist() == [0] * 4 + [1] * 4 + [2] * 4
 
 
 def test_folders_as_classes(tmp_path):

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import numpy as np
+from jaxtyping import Integer
 from PIL import Image
 
 from accel.data.preprocessing import preprocess
@@ -57,14 +58,18 @@ class EncodedImages(PixelSource):
         preprocessing: A name of ``PREPROCESSINGS`` for RGB images.
         viewer: Which part of a picture is an image.
         class_count: Number of classes, or None where it is not known.
+        groups: The picture of each image.
     """
 
     pictures: Pictures
     preprocessing: str
     viewer: Viewer
     class_count: int | None = None
+    groups: Integer[np.ndarray, " images"] | None = dataclasses.field(init=False)
 
     def __post_init__(self) -> None:
+        pictures = np.arange(len(self.pictures))
+        object.__setattr__(self, "groups", np.repeat(pictures, self.viewer.per_picture))
         preprocess(np.zeros((0, *self.image_shape), np.uint8), self.preprocessing)
 
     @property

@@ -41,10 +41,14 @@ class PixelSource(abc.ABC):
     Attributes:
         preprocessing: A name of ``PREPROCESSINGS``.
         class_count: Number of classes, or None where it is not known.
+        groups: A number for each image, the same for images that were taken from one picture; None
+            where each stands for itself. Images of one group are never on both sides of the split
+            into images to fit to and images to measure on.
     """
 
     preprocessing: str
     class_count: int | None
+    groups: Integer[np.ndarray, " images"] | None = None
 
     @property
     @abc.abstractmethod
@@ -81,11 +85,13 @@ class PixelSource(abc.ABC):
     def loaded(self) -> ArrayImages:
         """The same images with all pixels in memory, for going through them several times."""
         pixels, labels = self.read(0, len(self))
-        return ArrayImages(pixels, self.preprocessing, labels, self.class_count)
+        return ArrayImages(pixels, self.preprocessing, labels, self.class_count, self.groups)
 
     def first(self, count: int) -> PixelSource:
         """The first ``count`` of the images, or all if there are fewer."""
-        return FirstImages(self, min(count, len(self)), self.preprocessing, self.class_count)
+        count = min(count, len(self))
+        groups = None if self.groups is None else self.groups[:count]
+        return FirstImages(self, count, self.preprocessing, self.class_count, groups)
 
     def _read_batches(self, batch_size: int) -> Iterator[tuple[np.ndarray, LabelBatch | None]]:
         if batch_size < 1:
@@ -103,15 +109,18 @@ class ArrayImages(PixelSource):
         preprocessing: A name of ``PREPROCESSINGS``.
         labels: The classes of the images, or None.
         class_count: Number of classes, or None where it is not known.
+        groups: Which images belong together (see ``PixelSource``), or None.
 
     Raises:
-        ValueError: If there is no image, or shapes, labels and preprocessing do not fit together.
+        ValueError: If there is no image, or shapes, labels, groups and preprocessing do not fit
+            together.
     """
 
     pixels: Shaped[np.ndarray, "images height width channels"]
     preprocessing: str
     labels: Integer[np.ndarray, " images"] | None = None
     class_count: int | None = None
+    groups: Integer[np.ndarray, " images"] | None = None
 
     def __post_init__(self) -> None:
         if self.pixels.ndim != 4 or not len(self.pixels):
@@ -126,6 +135,11 @@ class ArrayImages(PixelSource):
                     f" {self.labels.shape}"
                 )
             check_labels(self.labels, self.class_count)
+        if self.groups is not None and self.groups.shape != self.pixels.shape[:1]:
+            raise ValueError(
+                f"{len(self.pixels)} images need as many groups, found groups of the shape"
+                f" {self.groups.shape}"
+            )
         preprocess(self.pixels[:0], self.preprocessing)
 
     @property
@@ -143,12 +157,13 @@ class ArrayImages(PixelSource):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class FirstImages(PixelSource):
-    """The first ``count`` images of a source, with its preprocessing and classes."""
+    """The first ``count`` images of a source, with its preprocessing, classes and groups."""
 
     source: PixelSource
     count: int
     preprocessing: str
     class_count: int | None
+    groups: Integer[np.ndarray, " images"] | None
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
