@@ -1,10 +1,12 @@
-"""How much host memory this process has used, and how much the machine still has."""
+"""How much host memory this process has used, and how much it can still have."""
 
 from __future__ import annotations
 
 import resource
 import sys
-from pathlib import Path
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
 
 
 def peak_bytes() -> int:
@@ -21,12 +23,67 @@ def resident_bytes() -> int:
     return int(status.read_text().split()[1]) * resource.getpagesize()
 
 
-def available_bytes() -> int | None:
-    """Memory that can be taken without swapping, or None where the system does not tell."""
-    information = Path("/proc/meminfo")
-    if not information.exists():
-        return None
-    for line in information.read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    return None
+def available_bytes(root: Path = Path("/")) -> int | None:
+    """Memory that can be taken without swapping, or None where the system does not tell.
+
+    The least of what the machine has and what the control groups of this process (containers, batch
+    jobs) still allow it, versions 1 and 2.
+
+    Args:
+        root: The folder that holds ``proc`` and ``sys``.
+    """
+    return min((*_machine_available(root), *_groups_available(root)), default=None)
+
+
+def _machine_available(root: Path) -> Iterator[int]:
+    information = root / "proc/meminfo"
+    if information.exists():
+        for line in information.read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                yield int(line.split()[1]) * 1024
+
+
+class _Files(NamedTuple):
+    """Where a version of control groups keeps its figures."""
+
+    mount: str
+    limit: str
+    usage: str
+    page_cache: str
+
+
+_VERSION_1 = _Files(
+    "sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"
+)
+_VERSION_2 = _Files("sys/fs/cgroup", "memory.max", "memory.current", "inactive_file")
+
+
+def _groups_available(root: Path) -> Iterator[int]:
+    groups = root / "proc/self/cgroup"
+    if not groups.exists():
+        return
+    for line in groups.read_text().splitlines():
+        _, controllers, path = line.split(":", maxsplit=2)
+        if not controllers:
+            files = _VERSION_2
+        elif "memory" in controllers.split(","):
+            files = _VERSION_1
+        else:
+            continue
+        # The limit of every group above holds as well. A container may see the path that its group
+        # has outside, where only the group itself is mounted: the walk up ends at it.
+        group = PurePosixPath(path.removeprefix("/"))
+        for folder in (group, *group.parents):
+            yield from _group_available(root / files.mount / folder, files)
+
+
+def _group_available(folder: Path, files: _Files) -> Iterator[int]:
+    limit, usage, statistics = (folder / name for name in (files.limit, files.usage, "memory.stat"))
+    if not (limit.exists() and usage.exists()) or limit.read_text().strip() == "max":
+        return
+    used = int(usage.read_text())
+    # Files that were read count as used, but are dropped where memory is wanted.
+    if statistics.exists():
+        figures = dict(line.split() for line in statistics.read_text().splitlines())
+        used -= int(figures.get(files.page_cache, 0))
+    yield max(0, int(limit.read_text()) - used)

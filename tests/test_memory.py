@@ -1,0 +1,82 @@
+"""What ``available_bytes`` makes of a machine's files, laid out in a temporary folder."""
+
+import pytest
+
+from accel.memory import available_bytes
+
+MIB = 2**20
+
+
+@pytest.fixture
+def machine(tmp_path):
+    """Writes files by path, into a machine that has 1,000 MiB available."""
+
+    def write(files):
+        files = {"proc/meminfo": "MemTotal: 4096000 kB\nMemAvailable: 1024000 kB\n", **files}
+        for name, content in files.items():
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name).write_text(f"{content}\n")
+        return tmp_path
+
+    return write
+
+
+def version_1(folder, limit, usage, inactive):
+    folder = f"sys/fs/cgroup/memory{folder}"
+    return {
+        f"{folder}/memory.limit_in_bytes": limit,
+        f"{folder}/memory.usage_in_bytes": usage,
+        f"{folder}/memory.stat": f"inactive_file 1\ntotal_inactive_file {inactive}",
+    }
+
+
+def version_2(folder, limit, usage, inactive):
+    folder = f"sys/fs/cgroup{folder}"
+    return {
+        f"{folder}/memory.max": limit,
+        f"{folder}/memory.current": usage,
+        f"{folder}/memory.stat": f"anon 5\ninactive_file {inactive}",
+    }
+
+
+V1 = {"proc/self/cgroup": "9:cpu,cpuacct:/\n4:memory:/a/b\n0::/"}
+V2 = {"proc/self/cgroup": "0::/a/b"}
+
+
+def test_without_control_groups_it_is_the_machines(machine):
+    assert available_bytes(machine({})) == 1000 * MIB
+
+
+@pytest.mark.parametrize("files", [V1, V2], ids=["v1", "v2"])
+def test_groups_without_figures_change_nothing(machine, files):
+    assert available_bytes(machine(files)) == 1000 * MIB
+
+
+@pytest.mark.parametrize(("table", "group"), [(V1, version_1), (V2, version_2)], ids=["v1", "v2"])
+@pytest.mark.parametrize("folder", ["/a/b", "/a", ""])
+def test_the_limit_of_a_group_or_of_one_above_holds(machine, table, group, folder):
+    """The page cache of 40 MiB can be had; a path that is not mounted leaves the groups above."""
+    limited = group(folder, 500 * MIB, 300 * MIB, 40 * MIB)
+    assert available_bytes(machine({**table, **limited})) == 240 * MIB
+
+
+@pytest.mark.parametrize(("table", "group"), [(V1, version_1), (V2, version_2)], ids=["v1", "v2"])
+def test_the_tightest_limit_holds(machine, table, group):
+    files = table | group("/a/b", 500 * MIB, 300 * MIB, 0) | group("/a", 600 * MIB, 550 * MIB, 0)
+    assert available_bytes(machine(files)) == 50 * MIB
+    wide = group("/a/b", 5000 * MIB, 300 * MIB, 0) | group("/a", 6000 * MIB, 550 * MIB, 0)
+    assert available_bytes(machine(table | wide)) == 1000 * MIB
+
+
+def test_groups_without_a_limit_change_nothing(machine):
+    # What version 1 gives where there is none, and the word of version 2.
+    assert available_bytes(machine(V1 | version_1("/a/b", 2**63 - 4096, 300, 0))) == 1000 * MIB
+    assert available_bytes(machine(V2 | version_2("/a/b", "max", 300, 0))) == 1000 * MIB
+
+
+def test_a_group_over_its_limit_has_nothing_left(machine):
+    assert available_bytes(machine(V2 | version_2("/a/b", 100, 200, 50))) == 0
+
+
+def test_a_system_that_tells_nothing(tmp_path):
+    assert available_bytes(tmp_path) is None
