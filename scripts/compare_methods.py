@@ -3,8 +3,9 @@
     python scripts/compare_methods.py CONFIG --out results/NAME [--seeds 0 1 2] [--FIELD VALUE …]
 
 Every combination runs from one calibration a seed. OUT gets ``raw.jsonl`` (a line a run, with its
-layers), ``environment.json`` (command, device, versions) and ``table.md``, which is generated from
-the former. A run that was stopped goes on where it was when called again.
+layers), ``experiment.json`` (what is varied), ``environment.json`` (command, device, versions) and
+``table.md``, which is generated from the first. A run that was stopped goes on where it was when
+called again, with more speedups and seeds if wanted, but not in the folder of another experiment.
 """
 
 from __future__ import annotations
@@ -18,14 +19,14 @@ import time
 from collections import defaultdict
 from pathlib import Path
 from statistics import mean
-from typing import Annotated
+from typing import Annotated, Any
 
 import jax
 import tyro
 
 from accel.accelerate import calibrate, reconstruct, select_ranks
 from accel.configuration import load_config
-from accel.experiment import Experiment
+from accel.experiment import Experiment, to_json
 from accel.report.environment import command_line, device_name, versions
 
 SOLVERS = {"linear": "reduced_rank_regression", "nonlinear": "alternating"}
@@ -53,6 +54,45 @@ class Comparison:
 
     grid: Annotated[Grid, tyro.conf.arg(name="")]
     experiment: Annotated[tyro.conf.AvoidSubcommands[Experiment], tyro.conf.arg(name="")]
+
+
+def record(experiment: Experiment) -> str:
+    """The experiment as JSON text; of files and folders only the names, as paths tell of one
+    machine."""
+    named = _without_folders(experiment)
+    if named.weights is not None:
+        named = dataclasses.replace(named, weights=Path(named.weights).name)
+    return to_json(named)
+
+
+def _without_folders(value: Any) -> Any:
+    if isinstance(value, Path):
+        return Path(value.name)
+    if not dataclasses.is_dataclass(value) or isinstance(value, type):
+        return value
+    fields = {f.name: _without_folders(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    return dataclasses.replace(value, **fields)
+
+
+def begin(out: Path, experiment: Experiment) -> None:
+    """Makes the folder of results, or makes sure that the one there is of the same experiment.
+
+    Raises:
+        FileExistsError: If ``out`` has results of another experiment, or does not tell of which.
+    """
+    recorded, raw = out / "experiment.json", out / "raw.jsonl"
+    if recorded.exists():
+        if recorded.read_text() != record(experiment):
+            raise FileExistsError(
+                f"{out} holds results of another experiment (see {recorded}); choose another --out"
+            )
+    elif raw.exists() and raw.read_text().strip():
+        raise FileExistsError(
+            f"{out} holds results without {recorded.name}, which may be of another experiment;"
+            " choose another --out"
+        )
+    out.mkdir(parents=True, exist_ok=True)
+    recorded.write_text(record(experiment))
 
 
 def run_grid(grid: Grid, experiment: Experiment) -> None:
@@ -150,13 +190,16 @@ def main() -> None:
     comparison = tyro.cli(
         Comparison, args=arguments, default=Comparison(Grid(tyro.MISSING), experiment)
     )
+    out = comparison.grid.out
+    try:
+        begin(out, comparison.experiment)
+    except FileExistsError as error:
+        sys.exit(str(error))
     # Runs of one plan share their compiled segments, across solvers.
     cache = tempfile.TemporaryDirectory()
     jax.config.update("jax_compilation_cache_dir", cache.name)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-    out = comparison.grid.out
-    out.mkdir(parents=True, exist_ok=True)
     (out / "environment.json").write_text(
         json.dumps(
             {

@@ -1,7 +1,4 @@
 import gzip
-import importlib.util
-import sys
-from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
@@ -16,23 +13,6 @@ from accel.data import (
     fashion_test_images,
     preprocess,
 )
-
-SCRIPTS = Path(__file__).parent.parent / "scripts"
-
-
-@pytest.fixture
-def script(monkeypatch):
-    """Imports a file of ``scripts/`` by name."""
-    monkeypatch.syspath_prepend(SCRIPTS)
-
-    def load(name):
-        spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
-        module = importlib.util.module_from_spec(spec)
-        monkeypatch.setitem(sys.modules, name, module)
-        spec.loader.exec_module(module)
-        return module
-
-    return load
 
 
 def pixels(images=7, size=5, channels=3, seed=0):
