@@ -33,7 +33,7 @@ from accel.calibration import (
 )
 from accel.cost import count_conv_macs
 from accel.decompositions import DECOMPOSITIONS, Decomposition, Weights
-from accel.memory import available_bytes, peak_bytes, resident_bytes
+from accel.memory import available_bytes, peak_bytes, release_free_memory, resident_bytes
 from accel.plan import AccelerationPlan, LayerPlan
 from accel.program import LayerCall, Program, specification, trace
 from accel.progress import Progress
@@ -359,6 +359,9 @@ def reconstruct(
             holds from an earlier call with the same arguments are not solved again.
         progress: As in ``accelerate``.
     """
+    # Activations come and go in sizes that change from layer to layer, which leaves the allocator
+    # with gaps; a calibration and every call before would leave some more.
+    release_free_memory()
     progress = progress or Progress()
     solver = solver_named(solver)
     decomposition = calibration.decomposition

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import resource
 import sys
 from collections.abc import Iterator
@@ -21,6 +22,13 @@ def resident_bytes() -> int:
     if not status.exists():
         return peak_bytes()
     return int(status.read_text().split()[1]) * resource.getpagesize()
+
+
+def release_free_memory() -> None:
+    """Hands free memory that the C library holds on to back to the system (glibc; else nothing)."""
+    library = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if hasattr(library, "malloc_trim"):
+        library.malloc_trim(0)
 
 
 def available_bytes(root: Path = Path("/")) -> int | None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
+import numpy as np
 from flax import nnx
 
 from accel.decompositions import DECOMPOSITIONS, Factor, Weights
@@ -33,9 +35,9 @@ class FactorizedConv(nnx.Module):
         for factor, (kernel, bias) in zip(self.factors, weights, strict=True):
             if kernel.shape != factor.kernel.shape:
                 raise ValueError(f"factor of shape {factor.kernel.shape} given {kernel.shape}")
-            factor.kernel[...] = kernel.astype(conv.param_dtype)
+            factor.kernel[...] = jax.device_put(np.asarray(kernel, conv.param_dtype))
             if factor.bias is not None and bias is not None:
-                factor.bias[...] = bias.astype(conv.param_dtype)
+                factor.bias[...] = jax.device_put(np.asarray(bias, conv.param_dtype))
 
     def __call__(self, inputs: jax.Array) -> jax.Array:
         for factor in self.factors:
@@ -58,10 +60,16 @@ def _conv_like(conv: nnx.Conv, factor: Factor) -> nnx.Conv:
         preferred_element_type=conv.preferred_element_type,
         promote_dtype=conv.promote_dtype,
         conv_general_dilated=conv.conv_general_dilated,
-        kernel_init=nnx.initializers.zeros_init(),
-        bias_init=nnx.initializers.zeros_init(),
+        kernel_init=_zeros,
+        bias_init=_zeros,
         rngs=nnx.Rngs(0),
     )
+
+
+def _zeros(key: jax.Array, shape: Sequence[int], dtype: Any) -> jax.Array:
+    """Zeros made by the host; JAX would compile them, and keep the code, for every rank."""
+    del key
+    return jax.device_put(np.zeros(shape, dtype))
 
 
 def rewrite(

@@ -1,8 +1,14 @@
-"""What ``available_bytes`` makes of a machine's files, laid out in a temporary folder."""
+"""The memory that a machine's files tell of, and the memory that runs leave behind."""
 
+import sys
+
+import networks
+import numpy as np
 import pytest
+from monitoring import compilations
 
-from accel.memory import available_bytes
+from accel.accelerate import calibrate, reconstruct, select_ranks
+from accel.memory import available_bytes, release_free_memory, resident_bytes
 
 MIB = 2**20
 
@@ -80,3 +86,30 @@ def test_a_group_over_its_limit_has_nothing_left(machine):
 
 def test_a_system_that_tells_nothing(tmp_path):
     assert available_bytes(tmp_path) is None
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only glibc takes free memory out of gaps")
+def test_free_memory_between_what_is_in_use_is_handed_back():
+    blocks = [np.ones(2**13) for _ in range(2_000)]
+    kept = blocks[::2]
+    before = resident_bytes()
+    del blocks
+    release_free_memory()
+    assert resident_bytes() < before - 40 * MIB
+    assert all(block.all() for block in kept)
+
+
+def test_reconstructing_again_and_again_takes_no_more_memory():
+    images = np.asarray(networks.images(64, size=96))
+    calibration = calibrate(networks.network("chain"), images, batch_size=8)
+    compiled, resident = [], []
+    for speedup in (2.0, 2.0, 2.5, 3.0):
+        plan = select_ranks(calibration, speedup)
+        with compilations() as seen:
+            reconstruct(calibration, plan)
+        compiled.append(len(seen))
+        resident.append(resident_bytes())
+    # Other ranks: only the segments are compiled, which are dropped with the run.
+    assert compiled[0] > compiled[1] > 0
+    assert compiled[2:] == [compiled[1]] * 2
+    assert max(resident[1:]) < resident[0] + 32 * MIB

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-
-import jax
 import numpy as np
 import pytest
+from monitoring import compilations
 from solver_problems import squared_error
 
 from accel.solvers import (
@@ -27,23 +25,6 @@ def targets() -> np.ndarray:
     random = np.random.default_rng(0)
     rows = random.standard_normal((150, WIDTH)) * np.arange(1, WIDTH + 1) ** -0.7
     return rows @ random.standard_normal((WIDTH, WIDTH)) + random.standard_normal(WIDTH) * 0.5
-
-
-@contextlib.contextmanager
-def compilations():
-    """Counts what XLA compiles inside the block."""
-    seen = []
-
-    def listen(event: str, duration: float, **details) -> None:
-        del duration, details
-        if event == "/jax/core/compile/backend_compile_duration":
-            seen.append(event)
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    try:
-        yield seen
-    finally:
-        jax.monitoring.unregister_event_duration_listener(listen)
 
 
 @pytest.mark.parametrize("name", SOLVERS)

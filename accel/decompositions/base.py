@@ -33,8 +33,8 @@ class Factor:
 class Weights(NamedTuple):
     """Weights of one factor; ``kernel`` has the spatial axes first, then in, then out channels."""
 
-    kernel: Float[Array, "... c_in c_out"]
-    bias: Float[Array, " c_out"] | None
+    kernel: Float[np.ndarray, "... c_in c_out"]
+    bias: Float[np.ndarray, " c_out"] | None
 
 
 class Decomposition(abc.ABC):
@@ -57,4 +57,8 @@ class Decomposition(abc.ABC):
         bias: Float[Array, " c_out"] | None,
         factorization: Factorization,
     ) -> tuple[Weights, ...]:
-        """The weights of the chain, from the convolution's own and a solver's factorization."""
+        """The weights of the chain, from the convolution's own and a solver's factorization.
+
+        Computed by NumPy in float64: JAX would compile every operation for every rank and keep the
+        code as long as the process runs.
+        """

@@ -10,12 +10,9 @@ from __future__ import annotations
 
 from typing import Any, final
 
-import jax
-import jax.numpy as jnp
+import numpy as np
 
 from accel.decompositions.base import Decomposition, Factor, Weights
-
-HIGHEST = jax.lax.Precision.HIGHEST
 
 
 @final
@@ -48,11 +45,9 @@ class Channel(Decomposition):
         )
 
     def weights(self, kernel, bias, factorization):
-        reduce, expand = factorization.reduce, factorization.expand
-        first = jnp.einsum("...cd,rd->...cr", kernel, reduce, precision=HIGHEST)
-        last_bias = factorization.bias
+        reduce, expand, last_bias = (np.asarray(part, np.float64) for part in factorization[:3])
+        first = np.asarray(kernel, np.float64) @ reduce.T
         if bias is not None:
-            inner = jnp.matmul(reduce, bias, precision=HIGHEST)
-            last_bias = last_bias + jnp.matmul(expand, inner, precision=HIGHEST)
+            last_bias = last_bias + expand @ (reduce @ np.asarray(bias, np.float64))
         last = expand.T.reshape((1,) * (kernel.ndim - 2) + expand.T.shape)
         return Weights(first, None), Weights(last, last_bias)

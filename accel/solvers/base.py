@@ -171,13 +171,18 @@ def objective(
     dtype = widest_dtype()
     with arithmetic(dtype):
         responses = checked(responses, activation)
-        factors = Factors(*factorization[:3])
-        reduces, expands = factors.reduce.shape[1], factors.expand.shape[0]
+        reduce, expand, bias = (np.asarray(factor) for factor in factorization[:3])
+        reduces, expands = reduce.shape[1], expand.shape[0]
         if (reduces, expands) != (responses.inputs.shape[1], responses.targets.shape[1]):
             raise ValueError(
                 f"the factorization maps {reduces} channels to {expands}, the responses have"
                 f" {responses.inputs.shape[1]} and {responses.targets.shape[1]}"
             )
+        # Filled up with zeros to the full rank, so that all ranks share one compilation.
+        missing = max(0, expands - len(reduce))
+        reduce = np.pad(reduce, ((0, missing), (0, 0)))
+        expand = np.pad(expand, ((0, 0), (0, missing)))
+        factors = Factors(*(jax.device_put(factor) for factor in (reduce, expand, bias)))
         squared_error, energy = _objective(responses, factors, activation, dtype)
         return ResponseError(float(squared_error), float(energy))
 
