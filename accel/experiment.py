@@ -152,8 +152,8 @@ class Experiment:
         weights: A weight file, a model folder, or ``bundled``.
         calibration: Images to fit to; labels are not looked at.
         evaluation: Images to measure on; with labels for ``accuracy``.
-        metrics: ``accuracy`` (top-1 and, from ten classes on, top-5) and ``outputs`` (relative
-            squared error and cosine against the original's outputs).
+        metrics: ``accuracy`` (top-1 and, for networks of ten classes or more, top-5) and
+            ``outputs`` (relative squared error and cosine against the original's outputs).
         speedup: See ``accel.accelerate``, as for all fields up to ``seed``.
         decomposition: Name of the decomposition.
         solver: Name of the solver.
@@ -242,8 +242,7 @@ class Experiment:
         if "accuracy" not in self.metrics:
             return {}
         images = self.limited(self.evaluation)
-        top = (1, 5) if (images.class_count or 0) >= 10 else (1,)
-        return accuracy(model, images, top=top, batch_size=self.batch_size)
+        return accuracy(model, images, batch_size=self.batch_size)
 
     def evaluate(
         self, original: nnx.Module, accelerated: nnx.Module, before: Mapping[str, float]

@@ -6,10 +6,13 @@ import networks
 import numpy as np
 import pytest
 from flax import nnx
+from PIL import Image
 
 from accel.calibration import ArraySource
 from accel.data import ArrayImages
 from accel.evaluation import accuracy, compare_outputs
+from accel.experiment import Experiment, FolderImages
+from accel.models import ModelSpec
 
 
 class Given(nnx.Module):
@@ -72,6 +75,29 @@ def test_a_network_that_answers_the_same_to_everything_is_at_chance():
     assert accuracy(Given(), source) == pytest.approx({"top1": 0.1, "top5": 0.5})
 
 
+@pytest.mark.parametrize(("classes", "metrics"), [(9, {"top1"}), (10, {"top1", "top5"})])
+def test_the_number_of_the_networks_outputs_decides_whether_there_is_a_top_5(
+    tmp_path, classes, metrics
+):
+    """A file of labels does not tell how many classes there are."""
+
+    class Network(nnx.Module):
+        def __call__(self, images):
+            return images.reshape(len(images), -1)[:, :classes]
+
+    generator = np.random.default_rng(2)
+    for name in "abc":
+        pixels = generator.integers(0, 256, (8, 8, 3), np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"{name}.png")
+    (tmp_path / "labels.txt").write_text("a.png 0\nb.png 3\nc.png 1\n")
+    evaluation = FolderImages(
+        tmp_path, labels=tmp_path / "labels.txt", image_size=8, shorter_side=8
+    )
+    assert evaluation.open().class_count is None
+    experiment = Experiment(ModelSpec("vgg16"), None, evaluation, evaluation, metrics=("accuracy",))
+    assert experiment.accuracy(Network()).keys() == metrics
+
+
 def test_accuracy_runs_a_copy_in_evaluation_mode(residual):
     images = np.asarray(networks.images(12))
     labels = np.arange(12) % 5
@@ -114,7 +140,7 @@ def test_labels_and_classes_have_to_fit():
     with pytest.raises(ValueError, match="Given tells 4 classes apart, the images have 6"):
         accuracy(Given(), logits_source(logits, [0, 1, 2, 3], class_count=6), top=(1,))
     with pytest.raises(ValueError, match="top-5 of 4 classes is not defined"):
-        accuracy(Given(), logits_source(logits, [0, 1, 2, 3]))
+        accuracy(Given(), logits_source(logits, [0, 1, 2, 3]), top=(1, 5))
     with pytest.raises(ValueError, match="labels are needed"):
         accuracy(Given(), ArrayImages(np.zeros((2, 1, 1, 4)), "unchanged"), top=(1,))
 

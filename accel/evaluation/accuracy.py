@@ -12,12 +12,15 @@ from flax import nnx
 from accel.data.source import LabelledSource
 from accel.evaluation.forward import check_finite, forward_function, output_shape, padded
 
+# From this many classes on, the class among the five highest outputs says something.
+TOP_5_CLASSES = 10
+
 
 def accuracy(
     model: nnx.Module,
     source: LabelledSource,
     *,
-    top: Sequence[int] = (1, 5),
+    top: Sequence[int] | None = None,
     batch_size: int = 100,
 ) -> dict[str, float]:
     """The share of images whose class is among the k highest outputs: ``{"top1": …, "top5": …}``.
@@ -29,7 +32,7 @@ def accuracy(
     Args:
         model: The network, called as ``model(images) -> [batch, classes]``; it is not changed.
         source: Images and labels.
-        top: The k's.
+        top: The k's; by default 1 and, from ten classes on, 5.
         batch_size: Images per batch.
 
     Raises:
@@ -53,14 +56,19 @@ def accuracy(
             jnp.isfinite(logits).all(axis=1),
         )
 
-    correct = np.zeros(len(top))
+    correct: dict[int, float] = {}
     classes = None
     first = 0
     for batch, labels in source.labelled_batches(batch_size):
         if classes is None:
             classes = _classes(
-                output_shape(forward, state, padded(batch, batch_size), name), name, source, top
+                output_shape(forward, state, padded(batch, batch_size), name), name, source
             )
+            if top is None:
+                top = (1, 5) if classes >= TOP_5_CLASSES else (1,)
+            if wrong := [k for k in top if not 1 <= k <= classes]:
+                raise ValueError(f"top-{wrong[0]} of {classes} classes is not defined")
+            correct = dict.fromkeys(top, 0.0)
         if (wrong := (labels < 0) | (labels >= classes)).any():
             image = int(np.flatnonzero(wrong)[0])
             raise ValueError(
@@ -73,13 +81,14 @@ def accuracy(
         )
         check_finite(finite, first, name)
         first += len(batch)
-        correct += [np.clip((k - higher) / equal, 0, 1).sum() for k in top]
+        for k in correct:
+            correct[k] += float(np.clip((k - higher) / equal, 0, 1).sum())
     if first != images:
         raise ValueError(f"the image source has length {images} but gave {first} images")
-    return {f"top{k}": float(share) for k, share in zip(top, correct / images, strict=True)}
+    return {f"top{k}": count / images for k, count in correct.items()}
 
 
-def _classes(shape: tuple[int, ...], name: str, source: LabelledSource, top: Sequence[int]) -> int:
+def _classes(shape: tuple[int, ...], name: str, source: LabelledSource) -> int:
     if len(shape) != 2:
         raise ValueError(f"{name}: expected outputs [batch, classes], found the shape {shape}")
     classes = shape[1]
@@ -87,6 +96,4 @@ def _classes(shape: tuple[int, ...], name: str, source: LabelledSource, top: Seq
         raise ValueError(
             f"{name} tells {classes} classes apart, the images have {source.class_count}"
         )
-    if wrong := [k for k in top if not 1 <= k <= classes]:
-        raise ValueError(f"top-{wrong[0]} of {classes} classes is not defined")
     return classes
