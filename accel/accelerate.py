@@ -1,17 +1,16 @@
 """The acceleration of a network, in the order of the paper.
 
 ``accelerate`` folds batch normalisation, lets the original network answer at sampled positions
-(``calibrate``), chooses the ranks of all layers at once (``select_ranks``), and then replaces one
-convolution after the other in order of execution, each fitted to the original's responses through
-the nonlinearity, from what the already accelerated network feeds it (``reconstruct``).
-Zhang, Zou, He, Sun, arXiv:1505.06798, sections 3.1 to 3.4.
+(``calibrate``), chooses kind and ranks of all layers at once (``select_ranks``), and then replaces
+one convolution after the other in order of execution, each fitted to the original's responses
+through the nonlinearity, from what the already accelerated network feeds it (``reconstruct``).
+Zhang, Zou, He, Sun, arXiv:1505.06798, sections 3.1 to 3.5.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
-import math
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -28,30 +27,45 @@ from accel.calibration import (
     ImageSource,
     OriginalRun,
     image_groups,
+    patch_size,
     sample_positions,
     split_images,
 )
 from accel.cost import count_conv_macs
-from accel.decompositions import DECOMPOSITIONS, Decomposition, Weights
+from accel.decompositions import DECOMPOSITIONS, Decomposition, Split, Weights
+from accel.error_curves import (
+    IMAGES,
+    ErrorCurve,
+    measure_error_curves,
+    rank_macs,
+)
 from accel.memory import available_bytes, peak_bytes, release_free_memory, resident_bytes
 from accel.plan import AccelerationPlan, LayerPlan
 from accel.program import LayerCall, Program, specification, trace
 from accel.progress import Progress
 from accel.rank_selection import (
     RANK_SELECTION,
+    Candidate,
     LayerChoices,
+    LayerErrors,
     RankProblem,
     Rules,
     apply_rules,
     budget_from_speedup,
+    measured_error,
 )
+from accel.reconstruction import RECONSTRUCTIONS, LayerProblem
 from accel.report.environment import device_name, versions
 from accel.report.report import LayerReport, Report
 from accel.rewrite import FactorizedConv, rewrite
 from accel.solution import Solution, load_solution, save_solution
-from accel.solvers import SOLVERS, Responses, Solver, objective, response_spectrum
+from accel.solvers import SOLVERS, Solver, response_spectrum
 
 HELD_OUT_FRACTION = 0.1
+# Of the images that are fitted, the part that also chooses how strongly to regularise.
+TUNING_FRACTION = 0.2
+MEASURED_ERROR = "measured_error"
+ALL_KINDS = tuple(DECOMPOSITIONS)
 GIBIBYTE = 2**30
 
 
@@ -65,10 +79,12 @@ class Calibration:
         program: The same network, traced.
         calls: The convolutions that can be replaced, in order of execution.
         left_out: The other convolutions, and why each stays as it is.
-        decomposition: The decomposition that was asked for.
+        decompositions: The kinds of chain to choose from.
         source: The calibration images.
         batch_size: The batch size that the program was traced for.
+        seed: Seed of all that is drawn.
         fitting: Which images are used for fitting; the others measure the error.
+        tuning: Which of the fitting images choose how strongly to regularise.
         positions: Where each convolution was looked at, by path.
         targets: The responses there, ``[images, positions, d]`` float32, by path.
         macs: Multiply-accumulates per image of every convolution of the network, by path or, where
@@ -83,10 +99,12 @@ class Calibration:
     program: Program
     calls: tuple[LayerCall, ...]
     left_out: Mapping[str, str]
-    decomposition: Decomposition
+    decompositions: tuple[Decomposition, ...]
     source: ImageSource
     batch_size: int
+    seed: int
     fitting: np.ndarray
+    tuning: np.ndarray
     positions: Mapping[str, np.ndarray]
     targets: Mapping[str, np.ndarray]
     macs: Mapping[str, int]
@@ -115,10 +133,11 @@ def accelerate(
     images: ImageSource | np.ndarray | jax.Array,
     speedup: float = 4.0,
     *,
-    decomposition: str = "channel",
+    decompositions: str | Sequence[str] = ALL_KINDS,
+    reconstruction: str = "joint",
     solver: str | Solver = "alternating",
     asymmetric: bool = True,
-    rank_selection: str = "exact_energy",
+    rank_selection: str = MEASURED_ERROR,
     rules: Rules | None = None,
     positions_per_image: int = 10,
     batch_size: int = 16,
@@ -136,11 +155,15 @@ def accelerate(
             that streams them. A tenth of them, drawn by ``seed``, is kept for measuring errors;
             where the source has ``groups``, a tenth of those (see ``split_images``).
         speedup: Multiply-accumulates of all convolutions now over those wanted.
-        decomposition: Name of the chain that replaces a convolution (``DECOMPOSITIONS``).
-        solver: How a layer is fitted: a name of ``SOLVERS`` or a solver.
+        decompositions: Names of the chains that may replace a convolution (``DECOMPOSITIONS``); the
+            best one of each layer is chosen where ranks are selected by ``measured_error``.
+        reconstruction: What is fitted to what (``RECONSTRUCTIONS``): ``weights`` approximates
+            kernels and looks at no image, ``responses`` is the paper's, ``joint`` fits all factors.
+        solver: How responses are fitted: a name of ``SOLVERS`` or a solver.
         asymmetric: Whether a layer is fitted to the inputs that it will get from the accelerated
             network, instead of those of the original.
-        rank_selection: How ranks are chosen (``RANK_SELECTION``).
+        rank_selection: How ranks are chosen: ``measured_error``, or by energies
+            (``RANK_SELECTION``) for a single kind of chain.
         rules: Layers by path pattern that stay ``"dense"`` or get a fixed rank.
         positions_per_image: Output positions sampled per image and layer.
         batch_size: Images per batch while calibrating.
@@ -155,15 +178,13 @@ def accelerate(
         ValueError: If the network, the images or what is asked for do not fit; the message names
             the layer, pattern or argument.
     """
-    if rank_selection not in RANK_SELECTION:
-        raise ValueError(
-            f"unknown rank selection {rank_selection!r}; known: {', '.join(RANK_SELECTION)}"
-        )
+    _check_rank_selection(rank_selection, decompositions_named(decompositions))
+    _check_reconstruction(reconstruction)
     chosen_solver = solver_named(solver)
     calibration = calibrate(
         model,
         images,
-        decomposition=decomposition,
+        decompositions=decompositions,
         positions_per_image=positions_per_image,
         batch_size=batch_size,
         cache_bytes=cache_bytes,
@@ -171,10 +192,16 @@ def accelerate(
         rules=rules,
         progress=progress,
     )
-    plan = select_ranks(calibration, speedup, rank_selection=rank_selection, rules=rules)
+    curves = None
+    if rank_selection == MEASURED_ERROR:
+        curves = measure_errors(calibration, progress=progress)
+    plan = select_ranks(
+        calibration, speedup, rank_selection=rank_selection, rules=rules, curves=curves
+    )
     result = reconstruct(
         calibration,
         plan,
+        reconstruction=reconstruction,
         solver=chosen_solver,
         asymmetric=asymmetric,
         resume=resume,
@@ -204,11 +231,26 @@ def solver_named(solver: str | Solver) -> Solver:
     return SOLVERS[solver]()
 
 
+def decompositions_named(names: str | Sequence[str]) -> tuple[Decomposition, ...]:
+    """The decompositions of these names.
+
+    Raises:
+        ValueError: If there is none, or one is unknown.
+    """
+    names = (names,) if isinstance(names, str) else tuple(names)
+    for name in names:
+        if name not in DECOMPOSITIONS:
+            raise ValueError(f"unknown decomposition {name!r}; known: {', '.join(DECOMPOSITIONS)}")
+    if not names:
+        raise ValueError(f"no decomposition given; known: {', '.join(DECOMPOSITIONS)}")
+    return tuple(DECOMPOSITIONS[name] for name in dict.fromkeys(names))
+
+
 def calibrate(
     model: nnx.Module,
     images: ImageSource | np.ndarray | jax.Array,
     *,
-    decomposition: str = "channel",
+    decompositions: str | Sequence[str] = ALL_KINDS,
     positions_per_image: int = 10,
     batch_size: int = 16,
     cache_bytes: int | None = None,
@@ -223,11 +265,7 @@ def calibrate(
     """
     progress = progress or Progress()
     start = time.perf_counter()
-    if decomposition not in DECOMPOSITIONS:
-        raise ValueError(
-            f"unknown decomposition {decomposition!r}; known: {', '.join(DECOMPOSITIONS)}"
-        )
-    chain = DECOMPOSITIONS[decomposition]
+    kinds = decompositions_named(decompositions)
     source = (
         ArraySource(np.asarray(images)) if isinstance(images, np.ndarray | jax.Array) else images
     )
@@ -249,8 +287,9 @@ def calibrate(
     program = trace(folded, batch)
     left_out = dict(program.left_out)
     for call in program.calls:
-        if (reason := chain.unsuitable(call.layer)) is not None:
-            left_out[call.path] = reason
+        reasons = [kind.unsuitable(call.layer) for kind in kinds]
+        if all(reasons):
+            left_out[call.path] = str(reasons[0])
     calls = tuple(call for call in program.calls if call.path not in left_out)
     if not calls:
         raise ValueError(
@@ -260,7 +299,9 @@ def calibrate(
     apply_rules(_widths(calls), rules or {})
 
     position_key, image_key = jax.random.split(jax.random.key(seed))
-    fitting = split_images(image_key, image_groups(source), HELD_OUT_FRACTION)
+    groups = image_groups(source)
+    fitting = split_images(image_key, groups, HELD_OUT_FRACTION)
+    tuning = fitting & ~split_images(jax.random.fold_in(image_key, 1), groups, TUNING_FRACTION)
     positions = {
         call.path: sample_positions(
             position_key, call, len(source), batch_size, positions_per_image
@@ -281,10 +322,12 @@ def calibrate(
         program=program,
         calls=calls,
         left_out=left_out,
-        decomposition=chain,
+        decompositions=kinds,
         source=source,
         batch_size=batch_size,
+        seed=seed,
         fitting=fitting,
+        tuning=tuning,
         positions=positions,
         targets=targets,
         macs=count_conv_macs(folded, batch),
@@ -294,29 +337,78 @@ def calibrate(
     )
 
 
+def measure_errors(
+    calibration: Calibration, *, progress: Progress | None = None
+) -> dict[str, ErrorCurve]:
+    """Error and cost of every chain that could replace a layer, by path (``accel.error_curves``).
+
+    Measured on some of the images that are used for fitting; one set of curves serves any speedup.
+    """
+    chosen = np.flatnonzero(calibration.fitting)
+    step = max(1, len(chosen) // IMAGES)
+    return measure_error_curves(
+        calibration.program,
+        calibration.calls,
+        calibration.decompositions,
+        _images_at(calibration.source, chosen[::step][:IMAGES], calibration.batch_size),
+        calibration.macs,
+        batch_size=calibration.batch_size,
+        cache_bytes=calibration.cache_bytes,
+        seed=calibration.seed,
+        progress=progress or Progress(),
+    )
+
+
 def select_ranks(
     calibration: Calibration,
     speedup: float,
     *,
-    rank_selection: str = "exact_energy",
+    rank_selection: str = MEASURED_ERROR,
     rules: Rules | None = None,
+    curves: Mapping[str, ErrorCurve] | None = None,
 ) -> AccelerationPlan:
     """Chooses what becomes of each convolution so that the network gets cheaper by ``speedup``.
 
-    The arguments are those of ``accelerate``.
+    Args:
+        calibration: From ``calibrate``.
+        speedup: As in ``accelerate``.
+        rank_selection: As in ``accelerate``.
+        rules: As in ``accelerate``.
+        curves: From ``measure_errors``, which is called where they are needed and not given.
     """
+    _check_rank_selection(rank_selection, calibration.decompositions)
+    if rank_selection == MEASURED_ERROR:
+        curves = measure_errors(calibration) if curves is None else curves
+        chosen = _by_measured_error(calibration, speedup, rules or {}, curves)
+    else:
+        chosen = _by_energy(calibration, speedup, rank_selection, rules or {})
     fixed = apply_rules(_widths(calibration.calls), rules or {})
+    plans = []
+    for path in _execution_order(calibration):
+        if path in calibration.left_out:
+            plans.append(LayerPlan(path, reason=calibration.left_out[path]))
+        elif (candidate := chosen[path]) is None:
+            reason = "by rule" if fixed[path] == "dense" else "cheaper as it is"
+            plans.append(LayerPlan(path, reason=reason))
+        else:
+            plans.append(LayerPlan(path, candidate.decomposition, candidate.ranks))
+    return AccelerationPlan(tuple(plans), calibration.folded)
+
+
+def _by_energy(
+    calibration: Calibration, speedup: float, rank_selection: str, rules: Rules
+) -> dict[str, Candidate | None]:
+    (decomposition,) = calibration.decompositions
+    fixed = apply_rules(_widths(calibration.calls), rules)
     layers = []
     for call in calibration.calls:
-        positions = math.prod(specification(call.output).shape[:-1]) // calibration.batch_size
-        unit = calibration.decomposition.factors(call.layer, 1)
-        targets = calibration.targets[call.path][calibration.fitting]
+        macs = rank_macs(call, decomposition)
         layers.append(
             LayerChoices(
                 path=call.path,
-                spectrum=np.asarray(response_spectrum(_rows(targets)), np.float64),
+                spectrum=_spectrum(calibration, call, decomposition, len(macs)),
                 dense_macs=calibration.macs[call.path],
-                macs_per_rank=sum(factor.macs(positions) for factor in unit),
+                rank_macs=macs,
                 fixed=fixed[call.path],
             )
         )
@@ -327,22 +419,79 @@ def select_ranks(
         budget_macs=budget_from_speedup(total, speedup),
     )
     ranks = RANK_SELECTION[rank_selection](problem)
-    plans = []
-    for path in _execution_order(calibration):
-        if path in calibration.left_out:
-            plans.append(LayerPlan(path, reason=calibration.left_out[path]))
-        elif (rank := ranks[path]) is None:
-            reason = "by rule" if fixed[path] == "dense" else "cheaper as it is"
-            plans.append(LayerPlan(path, reason=reason))
-        else:
-            plans.append(LayerPlan(path, calibration.decomposition.name, (rank,)))
-    return AccelerationPlan(tuple(plans), calibration.folded)
+    found: dict[str, Candidate | None] = {}
+    for call in calibration.calls:
+        rank = ranks[call.path]
+        found[call.path] = (
+            None
+            if rank is None
+            else Candidate(decomposition.name, decomposition.ranks(call.layer, rank))
+        )
+    return found
+
+
+def _spectrum(
+    calibration: Calibration, call: LayerCall, decomposition: Decomposition, length: int
+) -> np.ndarray:
+    """Energies of a layer's ranks: of its responses (the paper) where they are what is cut.
+
+    A chain without a last factor keeps all directions of the responses; what it cuts is the kernel.
+    Ranks beyond the width of the responses (of a spatial split) hold no energy of their own.
+    """
+    if decomposition.has_last:
+        targets = calibration.targets[call.path][calibration.fitting]
+        spectrum = np.asarray(response_spectrum(_rows(targets)), np.float64)
+    else:
+        structure = decomposition.structure(call.layer)
+        kernel = np.asarray(call.layer.kernel[...], np.float64).reshape(-1, structure.out_channels)
+        s = structure.middle_taps
+        unfolded = kernel[structure.order.reshape(-1)].reshape(s, -1, structure.out_channels)
+        unfolded = unfolded.transpose(1, 0, 2).reshape(unfolded.shape[1], -1)
+        spectrum = np.linalg.svd(unfolded, compute_uv=False) ** 2
+    return np.pad(spectrum, (0, max(0, length - len(spectrum))))[:length]
+
+
+def _by_measured_error(
+    calibration: Calibration, speedup: float, rules: Rules, curves: Mapping[str, ErrorCurve]
+) -> dict[str, Candidate | None]:
+    fixed = apply_rules(_widths(calibration.calls), rules)
+    layers = [
+        LayerErrors(
+            path=call.path,
+            candidates=curves[call.path].candidates,
+            macs=curves[call.path].macs,
+            errors=curves[call.path].errors * curves[call.path].weight,
+            dense_macs=calibration.macs[call.path],
+            fixed=fixed[call.path],
+        )
+        for call in calibration.calls
+    ]
+    total = sum(calibration.macs.values())
+    other = total - sum(layer.dense_macs for layer in layers)
+    return measured_error(layers, other, budget_from_speedup(total, speedup))
+
+
+def _check_rank_selection(name: str, decompositions: Sequence[Decomposition]) -> None:
+    if name != MEASURED_ERROR and name not in RANK_SELECTION:
+        known = ", ".join((*RANK_SELECTION, MEASURED_ERROR))
+        raise ValueError(f"unknown rank selection {name!r}; known: {known}")
+    if name != MEASURED_ERROR and len(decompositions) != 1:
+        raise ValueError(
+            f"{name} chooses ranks of one kind of chain, found"
+            f" {', '.join(kind.name for kind in decompositions)}; choose one, or {MEASURED_ERROR}"
+        )
+
+
+def _check_reconstruction(name: str) -> None:
+    if name not in RECONSTRUCTIONS:
+        raise ValueError(f"unknown reconstruction {name!r}; known: {', '.join(RECONSTRUCTIONS)}")
 
 
 def reconstruct(
     calibration: Calibration,
     plan: AccelerationPlan,
     *,
+    reconstruction: str = "joint",
     solver: str | Solver = "alternating",
     asymmetric: bool = True,
     resume: Path | None = None,
@@ -363,45 +512,58 @@ def reconstruct(
     # with gaps; a calibration and every call before would leave some more.
     release_free_memory()
     progress = progress or Progress()
+    _check_reconstruction(reconstruction)
+    _check_plan(calibration, plan)
     solver = solver_named(solver)
-    decomposition = calibration.decomposition
     plans = {layer.path: layer for layer in plan.layers}
     calls = [call for call in calibration.calls if plans[call.path].decomposition is not None]
-    run = AcceleratedRun(
-        calibration.program,
-        calls,
-        calibration.source,
-        calibration.batch_size,
-        calibration.cache_bytes,
+    run, original = (
+        AcceleratedRun(
+            calibration.program,
+            calls,
+            calibration.source,
+            calibration.batch_size,
+            cache_bytes,
+        )
+        for cache_bytes in _shares(calibration.cache_bytes, asymmetric)
     )
     weights: dict[str, tuple[Weights, ...]] = {}
     errors: dict[str, float] = {}
     seconds = {"calibrate": calibration.seconds, "solve": 0.0}
     for index, call in enumerate(calls, start=1):
-        (rank,) = plans[call.path].ranks
-        progress.begin(f"{index}/{len(calls)} {call.path}, rank {rank}", len(calibration.source))
-        start = time.perf_counter()
-        inputs = run.responses(calibration.positions[call.path], progress.advance)
-        responded = time.perf_counter()
-        problem = _problem(calibration, call, inputs, rank, solver, asymmetric)
-        solution = None if resume is None else load_solution(resume, call.path, problem)
-        if solution is None:
-            solution = _solve(calibration, call, inputs, rank, solver, asymmetric)
-            if resume is not None:
-                save_solution(resume, call.path, solution, problem)
-        errors[call.path] = solution.response_error
-        bias = None if call.layer.bias is None else call.layer.bias[...]
-        weights[call.path] = decomposition.weights(
-            call.layer.kernel[...], bias, solution.factorization
+        layer = plans[call.path]
+        decomposition = DECOMPOSITIONS[str(layer.decomposition)]
+        progress.begin(
+            f"{index}/{len(calls)} {call.path}, {layer.decomposition}"
+            f" {', '.join(map(str, layer.ranks))}",
+            len(calibration.source),
         )
+        start = time.perf_counter()
+        positions = calibration.positions[call.path]
+        seen = run.patches(positions, progress.advance)
+        # Symmetric: fitted to what the original network feeds the layer, whatever it will get.
+        fitted = seen if asymmetric else original.patches(positions)
+        responded = time.perf_counter()
+        settings = (layer, reconstruction, solver, call.activation)
+        digest = _digest(settings, fitted, calibration.targets[call.path], calibration.fitting)
+        solution = None if resume is None else load_solution(resume, call.path, digest)
+        if solution is None:
+            split = _solve(calibration, call, layer, fitted, reconstruction, solver)
+            solution = Solution(split, _held_out_error(calibration, call, layer, seen, split))
+            if resume is not None:
+                save_solution(resume, call.path, solution, digest)
+        errors[call.path] = solution.response_error
+        weights[call.path] = decomposition.weights(call.layer, layer.ranks, solution.split)
         solved = time.perf_counter()
-        factors = decomposition.factors(call.layer, rank)
+        factors = decomposition.factors(call.layer, *layer.ranks)
         run.replace(FactorizedConv(call.layer, factors, weights[call.path]))
+        original.keep()
         seconds["calibrate"] += responded - start + time.perf_counter() - solved
         seconds["solve"] += solved - responded
     model = rewrite(calibration.model, plan, weights)
     report = _report(calibration, plan, model, errors, seconds)
     settings = {
+        "reconstruction": reconstruction,
         "solver": {"name": type(solver).__name__, **dataclasses.asdict(solver)},
         "asymmetric": asymmetric,
         "images": len(calibration.source),
@@ -409,17 +571,15 @@ def reconstruct(
     return Result(model, plan, dataclasses.replace(report, settings=settings))
 
 
-def _problem(
-    calibration: Calibration,
-    call: LayerCall,
-    inputs: np.ndarray,
-    rank: int,
-    solver: Solver,
-    asymmetric: bool,
-) -> str:
+def _shares(cache_bytes: int, asymmetric: bool) -> tuple[int, int]:
+    """What the walks through the accelerated and the original network may each cache."""
+    return (cache_bytes, 0) if asymmetric else (cache_bytes // 2, cache_bytes // 2)
+
+
+def _digest(settings: tuple, *arrays: np.ndarray) -> str:
     """Tells the problem of one layer from every other: all that its solution hangs on."""
-    digest = hashlib.sha256(repr((rank, solver, asymmetric, call.activation)).encode())
-    for array in (inputs, calibration.targets[call.path], calibration.fitting):
+    digest = hashlib.sha256(repr(settings).encode())
+    for array in arrays:
         digest.update(np.ascontiguousarray(array).data)
     return digest.hexdigest()
 
@@ -427,23 +587,83 @@ def _problem(
 def _solve(
     calibration: Calibration,
     call: LayerCall,
-    inputs: np.ndarray,
-    rank: int,
+    layer: LayerPlan,
+    patches: np.ndarray,
+    reconstruction: str,
     solver: Solver,
-    asymmetric: bool,
-) -> Solution:
-    """Fits one layer, and measures the fit on the images that are not used for fitting."""
-    targets, fitting = calibration.targets[call.path], calibration.fitting
-    fitted = Responses(
-        inputs=_rows((inputs if asymmetric else targets)[fitting]), targets=_rows(targets[fitting])
+) -> Split:
+    """Fits one layer to the images that are used for fitting."""
+    fitting = calibration.fitting
+    positions = patches.shape[1]
+    problem = LayerProblem(
+        conv=call.layer,
+        decomposition=DECOMPOSITIONS[str(layer.decomposition)],
+        ranks=layer.ranks,
+        patches=_rows(patches[fitting]),
+        targets=_rows(calibration.targets[call.path][fitting]),
+        tuning=np.repeat(calibration.tuning[fitting], positions),
+        activation=call.activation,
+        solver=solver,
     )
     try:
-        factorization = solver(fitted, rank, call.activation)
+        return RECONSTRUCTIONS[reconstruction](problem)
     except (ValueError, FloatingPointError) as error:
         raise type(error)(f"{call.path}: {error}") from error
-    held_out = Responses(inputs=_rows(inputs[~fitting]), targets=_rows(targets[~fitting]))
-    error, energy = objective(held_out, factorization, call.activation)
-    return Solution(factorization, error / energy if energy > 0 else 0.0)
+
+
+def _held_out_error(
+    calibration: Calibration, call: LayerCall, layer: LayerPlan, patches: np.ndarray, split: Split
+) -> float:
+    """``Σ‖r(y) - r(y')‖²/Σ‖r(y)‖²`` on the images that are not used for fitting."""
+    held_out = ~calibration.fitting
+    structure = DECOMPOSITIONS[str(layer.decomposition)].structure(call.layer)
+    given, wanted = (
+        np.maximum(responses, 0) if call.activation == "relu" else responses
+        for responses in (
+            split(structure, _rows(patches[held_out])),
+            _rows(calibration.targets[call.path][held_out]),
+        )
+    )
+    energy = float(np.sum(wanted**2, dtype=np.float64))
+    return float(np.sum((given - wanted) ** 2, dtype=np.float64)) / energy if energy > 0 else 0.0
+
+
+def _check_plan(calibration: Calibration, plan: AccelerationPlan) -> None:
+    """Raises ValueError where a plan, made by hand perhaps, does not fit the network."""
+    calls = {call.path: call for call in calibration.calls}
+    planned = {layer.path: layer for layer in plan.layers}
+    if missing := [path for path in calls if path not in planned]:
+        raise ValueError(f"the plan says nothing of {missing[0]}")
+    for layer in plan.layers:
+        if layer.decomposition is None:
+            continue
+        if layer.path not in calls:
+            raise ValueError(f"{layer.path}: the plan decomposes it, but it cannot be replaced")
+        if layer.decomposition not in DECOMPOSITIONS:
+            raise ValueError(f"{layer.path}: unknown decomposition {layer.decomposition!r}")
+        conv = calls[layer.path].layer
+        decomposition = DECOMPOSITIONS[layer.decomposition]
+        if (reason := decomposition.unsuitable(conv)) is not None:
+            raise ValueError(f"{layer.path}: {decomposition.name} does not fit: {reason}")
+        decomposition.factors(conv, *layer.ranks)
+        largest = decomposition.ranks(conv, decomposition.largest_rank(conv))
+        if any(rank > most for rank, most in zip(layer.ranks, largest, strict=True)):
+            raise ValueError(
+                f"{layer.path}: ranks of {decomposition.name} are at most {largest}, found"
+                f" {layer.ranks}"
+            )
+
+
+def _images_at(source: ImageSource, indices: np.ndarray, batch_size: int) -> np.ndarray:
+    """Some of the images of a source, by ascending index."""
+    found, first = [], 0
+    for batch in source.batches(batch_size):
+        here = indices[(indices >= first) & (indices < first + len(batch))]
+        found.append(np.asarray(batch)[here - first])
+        first += len(batch)
+        if first > indices[-1]:
+            break
+    return np.concatenate(found)
 
 
 def _report(
@@ -525,9 +745,7 @@ def _memory_needed(
         cache_bytes = 4 * GIBIBYTE if available is None else available // 4
     live = AcceleratedRun(program, run.calls, source, batch_size, cache_bytes).live_bytes
     cache = min(cache_bytes, live)
-    widest = max(
-        run.positions[call.path].size * specification(call.output).shape[-1] for call in run.calls
-    )
+    solving = max(_solving_bytes(call, run.positions[call.path].size) for call in run.calls)
     parameters = sum(value.nbytes for value in program.parameters)
     needed = (
         resident_bytes()
@@ -537,9 +755,21 @@ def _memory_needed(
         # The accelerated network: its weights, and the working set of one of its steps.
         + parameters
         + run.working_bytes
-        # A solver: inputs and targets in float32, and about ten float64 arrays of that size.
-        + widest * (2 * 4 + 10 * 8)
+        + solving
         # Compiled code and the allocator's slack.
         + GIBIBYTE // 2
     )
     return needed, cache
+
+
+def _solving_bytes(call: LayerCall, rows: int) -> int:
+    """What fitting one layer takes on the host, at most."""
+    patch, width = patch_size(call), specification(call.output).shape[-1]
+    return (
+        # Patches, those of them that are fitted, and their features, in float32.
+        rows * 3 * patch * 4
+        # A solver: inputs and targets in float32, and about ten float64 arrays of that size.
+        + rows * width * (2 * 4 + 10 * 8)
+        # Second moments of patches and of features, the metric, what is made of them on the way.
+        + 10 * 8 * patch**2
+    )

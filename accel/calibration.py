@@ -25,8 +25,6 @@ from jaxtyping import Array, Bool, Float, Int, Integer
 
 from accel.program import LayerCall, Program, specification
 
-HIGHEST = jax.lax.Precision.HIGHEST
-
 
 class ImageSource(Protocol):
     """Images that can be gone through more than once, always in the same order.
@@ -130,6 +128,11 @@ def outputs_per_image(call: LayerCall, batch_size: int) -> int:
             " images; is the first axis of the images the batch?"
         )
     return positions // batch_size
+
+
+def patch_size(call: LayerCall) -> int:
+    """Number of input values that one output position of a convolution is computed from."""
+    return math.prod(call.layer.kernel.shape[:-1])
 
 
 def sample_positions(
@@ -297,23 +300,26 @@ class AcceleratedRun:
         most = max(sum(_bytes(v) for v in live) for live in sets)
         return most * len(self.places)
 
-    def responses(
+    def patches(
         self,
         positions: Int[np.ndarray, "images positions"],
         progress: Callable[[int], None] = lambda images: None,
-    ) -> Float[np.ndarray, "images positions d"]:
-        """What the next convolution answers to the accelerated network's activations.
+    ) -> Float[np.ndarray, "images positions p"]:
+        """What the next convolution sees of the accelerated network's activations.
 
-        Moves all images on to that convolution. The convolution itself is computed at the sampled
-        positions only.
+        Moves all images on to that convolution, which itself is not computed.
+
+        Returns:
+            The patch under the kernel at each sampled output position, its axes (taps, then input
+            channels) in the order of the kernel's and flattened: ``p = Π taps · c``.
 
         Raises:
-            ValueError: If a response is NaN or Inf; the message holds the layer's path.
+            ValueError: If an activation is NaN or Inf; the message holds the layer's path.
         """
         at = self.replaced
         call = self.calls[at]
-        sampler = _response_sampler(self.program, call, self.batch_size)
-        rows = np.empty((*positions.shape, specification(call.output).shape[-1]), np.float32)
+        sampler = _patch_sampler(self.program, call, self.batch_size)
+        rows = np.empty((*positions.shape, patch_size(call)), np.float32)
         kept = sum(place.bytes for place in self.places)
         images = self._images()
         for index, place in enumerate(self.places):
@@ -324,12 +330,12 @@ class AcceleratedRun:
                 values = step(values)
                 self.segments_run += 1
             batch_positions = _padded_slice(positions, first, self.batch_size)
-            response = np.asarray(sampler(values[0], batch_positions))[: last - first]
-            if not np.isfinite(response).all():
+            seen = np.asarray(sampler(values[0], batch_positions))[: last - first]
+            if not np.isfinite(seen).all():
                 raise ValueError(
-                    f"{call.path}: the accelerated network's responses hold NaN or Inf"
+                    f"{call.path}: the accelerated network's activations hold NaN or Inf"
                 )
-            rows[first:last] = response
+            rows[first:last] = seen
             new = _Place(at, [np.asarray(value) for value in values])
             if kept - place.bytes + new.bytes <= self.cache_bytes:
                 kept += new.bytes - place.bytes
@@ -339,12 +345,42 @@ class AcceleratedRun:
 
     def replace(self, replacement: nnx.Module) -> None:
         """Puts ``replacement`` in the place of the convolution that all images stand before."""
-        call = self.calls[self.replaced]
+        if self.replaced + 1 < len(self.calls):
+            wanted = self.program.live(self.calls[self.replaced + 1])
+            self.steps.append(self._with(replacement, wanted))
         self.replaced += 1
-        if self.replaced == len(self.calls):
-            return
+
+    def keep(self) -> None:
+        """Leaves the convolution that all images stand before as it is."""
+        if self.replaced + 1 < len(self.calls):
+            given = self.program.live(self.calls[self.replaced])
+            wanted = self.program.live(self.calls[self.replaced + 1])
+            run, parameters = self.program.segment(given, wanted)
+            jitted = jax.jit(run)
+            self.steps.append(lambda values: jitted(parameters, values))
+        self.replaced += 1
+
+    def outputs(self, replacement: nnx.Module, batches: int) -> list[list[np.ndarray]]:
+        """What the network returns for its first batches with ``replacement`` in the next place.
+
+        The rest of the network is the original's. All images have to stand before the convolution
+        (``patches``), with these batches in the cache.
+
+        Returns:
+            For each batch the arrays that the network returns.
+        """
+        outvars = [v for v in self.program.jaxpr.outvars if isinstance(v, jex.Var)]
+        step = self._with(replacement, outvars)
+        return [
+            [np.asarray(output) for output in step(place.values)] for place in self.places[:batches]
+        ]
+
+    def _with(
+        self, replacement: nnx.Module, wanted: Sequence[jex.Var]
+    ) -> Callable[[Any], list[jax.Array]]:
+        """From what is alive before the next convolution to ``wanted``, with a replacement."""
+        call = self.calls[self.replaced]
         graphdef, state = nnx.split(replacement)
-        wanted = self.program.live(self.calls[self.replaced])
         given = self.program.live(call)
         run, parameters = self.program.segment([call.output, *given], wanted)
 
@@ -353,7 +389,7 @@ class AcceleratedRun:
             output = nnx.merge(graphdef, state)(values[0]).astype(specification(call.output).dtype)
             return run(parameters, [output, *values])
 
-        self.steps.append(lambda values: step(parameters, state, values))
+        return lambda values: step(parameters, state, values)
 
     def _first_step(self) -> Callable[[Any], list[jax.Array]]:
         run, parameters = self.program.segment(
@@ -373,10 +409,10 @@ class AcceleratedRun:
                 yield batch
 
 
-def _response_sampler(
+def _patch_sampler(
     program: Program, call: LayerCall, batch_size: int
-) -> Callable[[Any, Any], Float[Array, "batch positions d"]]:
-    """A jitted function ``(input of the call, positions) -> responses at these positions``.
+) -> Callable[[Any, Any], Float[Array, "batch positions p"]]:
+    """A jitted function ``(input of the call, positions) -> patches that these positions see``.
 
     Strides, dilation and padding are read off the call's one convolution equation, whose operand is
     what remains of the input after whatever the layer did before (casts, circular padding, merged
@@ -385,17 +421,17 @@ def _response_sampler(
     equations = program.jaxpr.eqns[call.start : call.stop]
     (equation,) = (e for e in equations if e.primitive.name == "conv_general_dilated")
     operand, kernel = (atom for atom in equation.invars if isinstance(atom, jex.Var))
-    prepare, parameters = program.segment([call.input], [operand, kernel])
+    prepare, parameters = program.segment([call.input], [operand])
     strides: tuple[int, ...] = equation.params["window_strides"]
     dilation: tuple[int, ...] = equation.params["rhs_dilation"]
     padding: tuple[tuple[int, int], ...] = equation.params["padding"]
-    bias = None if call.layer.bias is None else call.layer.bias[...]
+    taps = specification(kernel).shape[:-2]
 
     @jax.jit
-    def sample(parameters, bias, inputs, positions):
-        x, w = prepare(parameters, [inputs])
+    def sample(parameters, inputs, positions):
+        (x,) = prepare(parameters, [inputs])
         x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
-        taps, map_shape = w.shape[:-2], specification(equation.outvars[0]).shape[1:-1]
+        map_shape = specification(equation.outvars[0]).shape[1:-1]
         per_image = outputs_per_image(call, batch_size)
         flat = positions + jnp.arange(batch_size)[:, None] * per_image
         batch, *place = jnp.unravel_index(flat.reshape(-1), (x.shape[0], *map_shape))
@@ -411,11 +447,6 @@ def _response_sampler(
             for axis in range(axes)
         ]
         windows = x[(batch.reshape(-1, *(1,) * axes), *indices)]
-        responses = jnp.matmul(
-            windows.reshape(len(windows), -1), w.reshape(-1, w.shape[-1]), precision=HIGHEST
-        )
-        if bias is not None:
-            responses = responses + bias
-        return responses.reshape(*positions.shape, -1)
+        return windows.reshape(*positions.shape, -1).astype(jnp.float32)
 
-    return lambda inputs, positions: sample(parameters, bias, inputs, positions)
+    return lambda inputs, positions: sample(parameters, inputs, positions)

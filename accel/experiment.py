@@ -17,7 +17,7 @@ from typing import Literal
 
 from flax import nnx
 
-from accel.accelerate import Result, accelerate
+from accel.accelerate import ALL_KINDS, MEASURED_ERROR, Result, accelerate
 from accel.benchmark import latency
 from accel.checkpoint import load_model, save_model, saved_spec
 from accel.data import (
@@ -155,7 +155,8 @@ class Experiment:
         metrics: ``accuracy`` (top-1 and, for networks of ten classes or more, top-5) and
             ``outputs`` (relative squared error and cosine against the original's outputs).
         speedup: See ``accel.accelerate``, as for all fields up to ``seed``.
-        decomposition: Name of the decomposition.
+        decompositions: Names of the chains that may replace a convolution.
+        reconstruction: Name of the reconstruction.
         solver: Name of the solver.
         asymmetric: Whether layers are fitted to the accelerated network's inputs.
         rank_selection: Name of the rank selection.
@@ -174,10 +175,11 @@ class Experiment:
     evaluation: Images
     metrics: tuple[Literal["accuracy", "outputs"], ...] = ("outputs",)
     speedup: float = 4.0
-    decomposition: str = "channel"
+    decompositions: tuple[str, ...] = ALL_KINDS
+    reconstruction: str = "joint"
     solver: str = "alternating"
     asymmetric: bool = True
-    rank_selection: str = "exact_energy"
+    rank_selection: str = MEASURED_ERROR
     rules: Rules = dataclasses.field(default_factory=dict)
     positions_per_image: int = 10
     batch_size: int = 16
@@ -225,7 +227,8 @@ class Experiment:
             original,
             images,
             self.speedup,
-            decomposition=self.decomposition,
+            decompositions=self.decompositions,
+            reconstruction=self.reconstruction,
             solver=self.solver,
             asymmetric=self.asymmetric,
             rank_selection=self.rank_selection,

@@ -5,16 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
 
-from accel.solvers.base import Factorization, SolverInfo
+from accel.decompositions import Split
 
 
 class Solution(NamedTuple):
-    """A layer's factorization, and its relative error on rows that were not used for fitting."""
+    """The factors of a layer, and its relative error on rows that were not used for fitting."""
 
-    factorization: Factorization
+    split: Split
     response_error: float
 
 
@@ -30,14 +29,11 @@ def save_solution(folder: Path, path: str, solution: Solution, problem: str) -> 
     folder.mkdir(parents=True, exist_ok=True)
     file = _file(folder, path)
     partial = file.with_suffix(".partial")
-    reduce, expand, bias, info = solution.factorization
+    parts = {name: part for name, part in solution.split._asdict().items() if part is not None}
     with partial.open("wb") as stream:
         np.savez(
             stream,
-            reduce=reduce,
-            expand=expand,
-            bias=bias,
-            info=np.asarray(info),
+            **parts,
             response_error=np.asarray(solution.response_error),
             problem=np.asarray(problem),
         )
@@ -54,13 +50,12 @@ def load_solution(folder: Path, path: str, problem: str) -> Solution | None:
     if not file.exists():
         return None
     with np.load(file, allow_pickle=False) as arrays:
-        reduce, expand, bias = (jnp.asarray(arrays[name]) for name in ("reduce", "expand", "bias"))
-        info = SolverInfo(*(float(value) for value in arrays["info"]))
+        split = Split(arrays.get("first"), arrays["middle"], arrays.get("last"), arrays["bias"])
         response_error = float(arrays["response_error"])
         found = str(arrays["problem"])
     if found != problem:
         raise ValueError(f"{path}: {file} holds the solution of another problem: another run's")
-    return Solution(Factorization(reduce, expand, bias, info), response_error)
+    return Solution(split, response_error)
 
 
 def _file(folder: Path, path: str) -> Path:

@@ -1,4 +1,4 @@
-"""Compares solvers, symmetric and asymmetric reconstruction and rank selections at equal MACs.
+"""Compares the paper's solvers, inputs and rank selections for pairs of k×k and 1×1 at equal MACs.
 
     python scripts/compare_methods.py CONFIG --out results/NAME [--seeds 0 1 2] [--FIELD VALUE …]
 
@@ -111,7 +111,7 @@ def run_grid(grid: Grid, experiment: Experiment) -> None:
         calibration = calibrate(
             original,
             images,
-            decomposition=experiment.decomposition,
+            decompositions="channel",
             positions_per_image=experiment.positions_per_image,
             batch_size=experiment.batch_size,
             seed=seed,
@@ -122,7 +122,13 @@ def run_grid(grid: Grid, experiment: Experiment) -> None:
             plan = select_ranks(
                 calibration, speedup, rank_selection=RANKS[ranks], rules=experiment.rules
             )
-            result = reconstruct(calibration, plan, solver=SOLVERS[solver], asymmetric=asymmetric)
+            result = reconstruct(
+                calibration,
+                plan,
+                reconstruction="responses",
+                solver=SOLVERS[solver],
+                asymmetric=asymmetric,
+            )
             line = {
                 "seed": seed,
                 "speedup": speedup,

@@ -233,7 +233,7 @@ class NoConvolution(nnx.Module):
         (bad(speedup=1000.0), "largest reachable speedup is"),
         (bad(solver="magic"), "unknown solver 'magic'; known: pca"),
         (bad(rank_selection="magic"), "unknown rank selection 'magic'"),
-        (bad(decomposition="magic"), "unknown decomposition 'magic'; known: channel"),
+        (bad(decompositions="magic"), "unknown decomposition 'magic'; known: channel"),
         (bad(rules={"nothing*": "dense"}), r"rule 'nothing\*' matches no layer"),
         (bad(images=IMAGES[:1]), "needs 2 images or more, found 1"),
         (bad(images=IMAGES.at[3].set(jnp.nan)), "image 3 holds NaN or Inf"),

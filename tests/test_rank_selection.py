@@ -29,7 +29,12 @@ uniform = RANK_SELECTION["uniform"]
 
 
 def layer(path="conv", spectrum=(4.0, 2.0, 1.0, 1.0), dense=80, per_rank=20, fixed=None):
-    return LayerChoices(path, np.array(spectrum), dense, per_rank, fixed)
+    return LayerChoices(path, np.array(spectrum), dense, linear(per_rank, len(spectrum)), fixed)
+
+
+def linear(per_rank: int, width: int) -> np.ndarray:
+    """MACs of a chain whose cost is proportional to its rank."""
+    return per_rank * np.arange(1, width + 1)
 
 
 def spectrum(kind: str, width: int, seed: int = 0) -> np.ndarray:
@@ -55,7 +60,7 @@ def vgg16(kind: str, speedup: float) -> RankProblem:
                     f"conv{stage}_{index}",
                     spectrum(kind, width, seed=len(layers)),
                     original.macs,
-                    sum(shape.macs for shape in pair),
+                    linear(sum(shape.macs for shape in pair), width),
                 )
             )
             channels = width
@@ -74,7 +79,7 @@ def loss(choices: LayerChoices, rank: int | None) -> float:
 
 
 def cost(choices: LayerChoices, rank: int | None) -> int:
-    return choices.dense_macs if rank is None else rank * choices.macs_per_rank
+    return choices.dense_macs if rank is None else int(choices.rank_macs[rank - 1])
 
 
 def least_loss_by_enumeration(problem: RankProblem) -> float:
@@ -151,7 +156,7 @@ def problems(draw, largest_width=5, rules=True):
                 f"layer{index}",
                 np.array(values),
                 draw(st.integers(1, 60)),
-                draw(st.integers(1, 20)),
+                np.cumsum(draw(st.lists(st.integers(1, 20), min_size=width, max_size=width))),
                 draw(fixed) if rules else None,
             )
         )
@@ -210,9 +215,7 @@ class TestMethods:
         first, *others = problem.layers
         # By a power of two, so that nothing is rounded; a smallest eigenvalue stays normal.
         values = first.spectrum * 2.0**exponent
-        scaled = LayerChoices(
-            first.path, values, first.dense_macs, first.macs_per_rank, first.fixed
-        )
+        scaled = LayerChoices(first.path, values, first.dense_macs, first.rank_macs, first.fixed)
         other = RankProblem((scaled, *others), problem.other_macs, problem.budget_macs)
         assert method(other) == method(problem)
 
@@ -319,7 +322,7 @@ class TestGreedy:
             lost = {
                 c.path: c.spectrum[ranks[c.path] - 1]
                 / c.spectrum[: ranks[c.path]].sum()
-                / c.macs_per_rank
+                / c.rank_macs[0]
                 for c in problem.layers
                 if ranks[c.path] > 1
             }
@@ -354,12 +357,12 @@ class TestExact:
                 f"layer{index}",
                 spectrum(kind, width, seed=index),
                 dense_macs=int(random.integers(1, 10) * width),
-                macs_per_rank=int(random.integers(1, 10)),
+                rank_macs=linear(int(random.integers(1, 10)), width),
             )
             for index, width in enumerate(random.integers(5, 60, 12).tolist())
         )
         total = 50 + sum(choices.dense_macs for choices in layers)
-        least = 50 + sum(min(c.dense_macs, c.macs_per_rank) for c in layers)
+        least = 50 + sum(min(c.dense_macs, int(c.rank_macs[0])) for c in layers)
         for budget in random.integers(least, total, 4).tolist():
             problem = RankProblem(layers, 50, budget)
             found = -problem.log_energy(exact_energy(problem))
@@ -396,7 +399,9 @@ class TestExact:
     def test_losses_far_below_one(self):
         """All of the energy in few directions: tolerances must go by the losses there are."""
         layers = tuple(
-            LayerChoices(f"layer{index}", 10.0 ** -np.arange(64.0), 50 + index, 1 + index % 3)
+            LayerChoices(
+                f"layer{index}", 10.0 ** -np.arange(64.0), 50 + index, linear(1 + index % 3, 64)
+            )
             for index in range(12)
         )
         problem = RankProblem(layers, 0, 600)
@@ -408,7 +413,9 @@ class TestExact:
 
     def test_many_layers_of_one_shape(self):
         layers = tuple(
-            LayerChoices(f"layer{index:03}", np.ones(128), 196 * 9 * 128**2, 196 * 10 * 128)
+            LayerChoices(
+                f"layer{index:03}", np.ones(128), 196 * 9 * 128**2, linear(196 * 10 * 128, 128)
+            )
             for index in range(60)
         )
         total = sum(choices.dense_macs for choices in layers)
@@ -463,7 +470,7 @@ class TestProblem:
             ({"spectrum": [-1e-9, -1.0]}, "negative"),
             ({"spectrum": [1.0, 2.0]}, "descending"),
             ({"dense": 0}, "dense"),
-            ({"per_rank": 0}, "per rank"),
+            ({"per_rank": 0}, "for each of 4 ranks and ascend"),
             ({"fixed": 5}, "between 1 and the layer's width 4, found 5"),
             ({"fixed": 0}, "between 1"),
         ],

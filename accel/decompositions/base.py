@@ -1,20 +1,37 @@
-"""What a decomposition is: the factors that replace a convolution, and their weights."""
+"""What a decomposition is: the chain of convolutions that replaces one, and how it is found.
+
+All chains are made of the same three parts, any of which may be missing:
+
+- a *first* factor that mixes the input channels and some of the taps, ``c → rank``;
+- a *middle* factor that has the other taps;
+- a 1×1 *last* factor, ``rank → d``.
+
+``channel`` is middle and last, ``spatial`` and ``channel_input`` are first and middle,
+``channel_spatial`` and ``tucker2`` have all three. So a decomposition says which taps its first
+factor takes and whether there is a last one; the rest follows.
+"""
 
 from __future__ import annotations
 
 import abc
 import dataclasses
-from typing import Any, NamedTuple
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple, final
 
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Float
 
-from accel.solvers.base import Factorization
+from accel.decompositions.split import Split, Structure
 
 
 @dataclasses.dataclass(frozen=True)
 class Factor:
-    """Shape of one convolution of a chain; strides, padding and dilation as ``flax.nnx.Conv``'s."""
+    """Shape of one convolution of a chain; strides, padding and dilation as ``flax.nnx.Conv``'s.
+
+    Attributes:
+        axes: The spatial axes whose taps, stride and padding are this factor's.
+    """
 
     kernel_size: tuple[int, ...]
     in_channels: int
@@ -23,6 +40,7 @@ class Factor:
     padding: Any
     kernel_dilation: Any
     use_bias: bool
+    axes: tuple[int, ...]
 
     def macs(self, output_positions: int) -> int:
         """Multiply-accumulates per image with ``output_positions`` output positions per image."""
@@ -38,27 +56,148 @@ class Weights(NamedTuple):
 
 
 class Decomposition(abc.ABC):
-    """A way to write a convolution as a chain of cheaper ones."""
+    """A way to write a convolution as a chain of cheaper ones.
+
+    Attributes:
+        name: What it is called.
+        has_last: Whether the chain ends in a 1×1 factor.
+    """
 
     name: str
+    has_last: bool
 
     @abc.abstractmethod
+    def first_axes(self, axes: int) -> tuple[int, ...] | None:
+        """Of so many spatial axes, those whose taps the first factor takes; None without one."""
+
+    @abc.abstractmethod
+    def ranks(self, conv: Any, rank: int) -> tuple[int, ...]:
+        """The ranks that are chosen together by one number, 1 … ``largest_rank(conv)``."""
+
+    @abc.abstractmethod
+    def largest_rank(self, conv: Any) -> int:
+        """The rank at which the chain can reproduce ``conv``."""
+
     def unsuitable(self, conv: Any) -> str | None:
         """Why this decomposition cannot take ``conv`` (a ``flax.nnx.Conv``), or None if it can."""
+        if conv.feature_group_count != 1:
+            return f"grouped convolution ({conv.feature_group_count} groups)"
+        if conv.mask is not None:
+            return "masked kernel"
+        if np.any(np.asarray(conv.input_dilation or 1) != 1):
+            return "dilated input (transposed convolution)"
+        first = self.first_axes(len(conv.kernel_size))
+        if first is None:
+            return None
+        rest = [axis for axis in range(len(conv.kernel_size)) if axis not in first]
+        taps = lambda axes: math.prod(conv.kernel_size[axis] for axis in axes)  # noqa: E731
+        if first and (taps(first) == 1 or taps(rest) == 1):
+            return f"a kernel of {'×'.join(map(str, conv.kernel_size))} has nothing to separate"
+        if not first and taps(rest) == 1 and not self.has_last:
+            return "a 1×1 convolution is mirrored by itself; channel does the same"
+        return None
 
-    @abc.abstractmethod
-    def factors(self, conv: Any, rank: int) -> tuple[Factor, ...]:
-        """The shapes of the chain that replaces ``conv`` at ``rank``."""
+    @final
+    def structure(self, conv: Any) -> Structure:
+        """How the kernel of ``conv`` is cut into the chain's parts."""
+        return Structure(
+            tuple(conv.kernel_size),
+            conv.in_features,
+            conv.out_features,
+            self.first_axes(len(conv.kernel_size)),
+            self.has_last,
+        )
 
-    @abc.abstractmethod
-    def weights(
-        self,
-        kernel: Float[Array, "... c_in c_out"],
-        bias: Float[Array, " c_out"] | None,
-        factorization: Factorization,
-    ) -> tuple[Weights, ...]:
-        """The weights of the chain, from the convolution's own and a solver's factorization.
+    @final
+    def factors(self, conv: Any, *ranks: int) -> tuple[Factor, ...]:
+        """The shapes of the chain that replaces ``conv`` at the ranks.
 
-        Computed by NumPy in float64: JAX would compile every operation for every rank and keep the
-        code as long as the process runs.
+        Raises:
+            ValueError: If it is not one rank for each inner width of the chain, or one is below 1.
         """
+        axes = tuple(range(len(conv.kernel_size)))
+        first = self.first_axes(len(axes))
+        wanted = (first is not None) + self.has_last
+        if len(ranks) != wanted or min(ranks) < 1:
+            raise ValueError(f"{self.name} takes {wanted} ranks of 1 or more, found {ranks}")
+        middle = axes if first is None else tuple(axis for axis in axes if axis not in first)
+        steps = [] if first is None else [first]
+        steps += [middle, *([()] if self.has_last else [])]
+        widths = [conv.in_features, *ranks, conv.out_features]
+        return tuple(
+            Factor(
+                kernel_size=tuple(conv.kernel_size[a] if a in own else 1 for a in axes),
+                in_channels=widths[index],
+                out_channels=widths[index + 1],
+                strides=_along(conv.strides, own, axes, 1),
+                padding=_padding_along(conv.padding, own, axes),
+                kernel_dilation=_along(conv.kernel_dilation, own, axes, 1),
+                use_bias=index == len(steps) - 1,
+                axes=own,
+            )
+            for index, own in enumerate(steps)
+        )
+
+    @final
+    def macs(
+        self, conv: Any, ranks: Sequence[int], input_size: Sequence[int], output_size: Sequence[int]
+    ) -> int:
+        """Multiply-accumulates per image of the chain.
+
+        Args:
+            conv: The convolution it replaces.
+            ranks: The chain's ranks.
+            input_size: Spatial size of what ``conv`` is given.
+            output_size: Spatial size of what it returns.
+        """
+        size, total = list(input_size), 0
+        for factor in self.factors(conv, *ranks):
+            for axis in factor.axes:
+                size[axis] = output_size[axis]
+            total += factor.macs(math.prod(size))
+        return total
+
+    @final
+    def weights(self, conv: Any, ranks: Sequence[int], split: Split) -> tuple[Weights, ...]:
+        """The weights of the chain, from the parts that a fit has found.
+
+        By NumPy: JAX would compile every operation for every rank and keep the code as long as the
+        process runs.
+        """
+        factors = self.factors(conv, *ranks)
+        parts = [part for part in (split.first, split.middle, split.last) if part is not None]
+        return tuple(
+            Weights(
+                np.asarray(part).reshape(
+                    *factor.kernel_size, factor.in_channels, factor.out_channels
+                ),
+                np.asarray(split.bias) if factor.use_bias else None,
+            )
+            for factor, part in zip(factors, parts, strict=True)
+        )
+
+
+def composed(weights: Sequence[Weights]) -> Float[np.ndarray, "... c d"]:
+    """The kernel of the one convolution that a chain computes; its factors share no taps."""
+    kernel = weights[0].kernel
+    for following, _ in weights[1:]:
+        kernel = kernel @ following
+    return kernel
+
+
+def _along(values: Any, own: Sequence[int], axes: Sequence[int], neutral: int) -> tuple[int, ...]:
+    """Strides or dilations, ``neutral`` on the axes that are not the factor's own."""
+    if values is None or isinstance(values, int):
+        values = (neutral if values is None else values,) * len(axes)
+    return tuple(values[axis] if axis in own else neutral for axis in axes)
+
+
+def _padding_along(padding: Any, own: Sequence[int], axes: Sequence[int]) -> Any:
+    if not own:
+        return "VALID"
+    # By name (SAME, CIRCULAR, …) every axis is padded for its own taps: none where there is one.
+    if isinstance(padding, str):
+        return padding
+    if isinstance(padding, int):
+        padding = (padding,) * len(axes)
+    return tuple(padding[axis] if axis in own else (0, 0) for axis in axes)

@@ -1,13 +1,15 @@
 """Rank selection: how many directions each layer keeps so that the whole network fits a budget.
 
-A method is one function ``RankProblem -> {path: rank, or None for dense}`` in a file of its own and
-one line in ``RANK_SELECTION``.
+A method by energies is one function ``RankProblem -> {path: rank, or None for dense}`` in a file of
+its own and one line in ``RANK_SELECTION``. ``measured_error`` chooses the kind of chain as well,
+from errors that were measured.
 """
 
 from collections.abc import Callable
 
 from accel.rank_selection.exact_energy import exact_energy
 from accel.rank_selection.greedy_energy import greedy_energy
+from accel.rank_selection.measured_error import Candidate, LayerErrors, measured_error
 from accel.rank_selection.problem import (
     LayerChoices,
     RankProblem,
@@ -25,11 +27,14 @@ RANK_SELECTION: dict[str, Callable[[RankProblem], Ranks]] = {
 
 __all__ = [
     "RANK_SELECTION",
+    "Candidate",
     "LayerChoices",
+    "LayerErrors",
     "RankProblem",
     "Ranks",
     "Rule",
     "Rules",
     "apply_rules",
     "budget_from_speedup",
+    "measured_error",
 ]

@@ -1,7 +1,7 @@
 """Greedy ranks: from full rank, always drop the eigenvalue with the least (ΔE/E)/ΔC.
 
 ΔE/E = σ_{d'} / Σ_{a≤d'} σ_a is the part of its layer's energy that the last kept eigenvalue holds,
-and ΔC = m the MACs of one rank. Dropping ends as soon as Σ min(d'_l m_l, D_l) fits the budget.
+and ΔC the MACs of that one rank. Dropping ends as soon as Σ min(m_l(d'_l), D_l) fits the budget.
 Zhang et al., arXiv:1505.06798, on rank selection for the whole model.
 
 What is left of the budget (less than the MACs of one rank) is not spent on other layers: the paper
@@ -40,4 +40,5 @@ def _loss_per_mac(layer: LayerChoices, rank: int) -> float:
     energy = layer.energies[rank - 1]
     # A layer without energy has nothing to lose: its ranks are the first to go.
     share = energy and layer.spectrum[rank - 1] / layer.spectrum[0] / energy
-    return float(share) / layer.macs_per_rank
+    step = layer.rank_macs[rank - 1] - layer.rank_macs[rank - 2]
+    return float(share) / float(step)

@@ -1,10 +1,10 @@
 """The rank selection problem of a whole network.
 
 maximise    Π_l  E_l(d'_l) / E_l(d_l),    E_l(r) = Σ_{a≤r} σ_{l,a}
-subject to  Σ_l  min(d'_l · m_l, D_l)  ≤  budget - other
+subject to  Σ_l  min(m_l(d'_l), D_l)  ≤  budget - other
 
-with σ_{l,a} the eigenvalues of layer l's response covariance in descending order, m_l the MACs of
-one rank of the decomposed layer and D_l those of the original. A layer whose d'_l · m_l is not
+with σ_{l,a} the eigenvalues of layer l's response covariance in descending order, m_l(d') the MACs
+of the decomposed layer at rank d' and D_l those of the original. A layer whose m_l(d'_l) is not
 below D_l stays dense, at no loss of energy. Zhang et al., arXiv:1505.06798, on rank selection for
 the whole model; there the cost of d' is (d'/d) D, here it is what the decomposed layer costs.
 """
@@ -18,7 +18,7 @@ from functools import cached_property
 from typing import Literal
 
 import numpy as np
-from jaxtyping import Float64
+from jaxtyping import Float64, Int64
 
 Ranks = dict[str, int | None]
 
@@ -33,10 +33,11 @@ class LayerChoices:
 
     Attributes:
         path: Path of the layer in the module tree.
-        spectrum: Eigenvalues of the covariance of the layer's responses, in descending order, one
-            for each of its d output channels. Those that rounding made negative become zero.
+        spectrum: Energies in descending order, one for each rank up to the largest, d: for a chain
+            that ends in a 1×1 factor the eigenvalues of the covariance of the layer's responses.
+            Those that rounding made negative become zero.
         dense_macs: MACs per image of the layer as it is.
-        macs_per_rank: MACs per image of the decomposed layer at rank r, divided by r.
+        rank_macs: MACs per image of the decomposed layer at the ranks 1 … d, strictly ascending.
         fixed: What a rule demands: None (free), ``"dense"``, or a rank between 1 and d. A rank that
             costs as much as the layer itself leaves it dense.
 
@@ -47,7 +48,7 @@ class LayerChoices:
     path: str
     spectrum: Float64[np.ndarray, " d"]
     dense_macs: int
-    macs_per_rank: int
+    rank_macs: Int64[np.ndarray, " d"]
     fixed: Literal["dense"] | int | None = None
 
     def __post_init__(self):
@@ -66,25 +67,32 @@ class LayerChoices:
             )
         if (np.diff(spectrum) > 0).any():
             raise ValueError(f"{self.path}: the eigenvalues must be in descending order")
-        for name, macs in (("dense", self.dense_macs), ("per rank", self.macs_per_rank)):
-            if macs < 1:
-                raise ValueError(f"{self.path}: MACs ({name}) must be at least 1, found {macs}")
+        macs = np.asarray(self.rank_macs, np.int64)
+        if macs.shape != spectrum.shape or (np.diff(macs) <= 0).any():
+            raise ValueError(
+                f"{self.path}: MACs must be given for each of {spectrum.size} ranks and"
+                f" ascend, found {macs}"
+            )
+        for name, least in (("dense", self.dense_macs), ("rank 1", int(macs[0]))):
+            if least < 1:
+                raise ValueError(f"{self.path}: MACs ({name}) must be at least 1, found {least}")
         if isinstance(self.fixed, int) and not 1 <= self.fixed <= spectrum.size:
             raise ValueError(
                 f"{self.path}: a fixed rank must be between 1 and the layer's width"
                 f" {spectrum.size}, found {self.fixed}"
             )
         object.__setattr__(self, "spectrum", np.maximum(spectrum, 0.0))
+        object.__setattr__(self, "rank_macs", macs)
 
     @property
     def width(self) -> int:
-        """Number d of output channels."""
+        """The largest rank d."""
         return self.spectrum.size
 
     @property
     def largest_rank(self) -> int:
         """The largest rank that costs less than the layer as it is; 0 if there is none."""
-        return min(self.width, (self.dense_macs - 1) // self.macs_per_rank)
+        return int(np.searchsorted(self.rank_macs, self.dense_macs))
 
     @cached_property
     def energies(self) -> Float64[np.ndarray, " d"]:
@@ -107,7 +115,7 @@ class LayerChoices:
     def macs(self, rank: int | None) -> int:
         """MACs per image at a rank (None: dense), never more than those of the dense layer."""
         chosen = self.choice(rank)
-        return self.dense_macs if chosen is None else chosen * self.macs_per_rank
+        return self.dense_macs if chosen is None else int(self.rank_macs[chosen - 1])
 
     def log_energy(self, rank: int | None) -> float:
         """log(E(rank)/E(d)); 0 for None (dense)."""

@@ -1,7 +1,7 @@
 """Uniform ranks: every free layer keeps the same fraction of its own MACs.
 
-d'_l = max(1, ⌊f · D_l / m_l⌋) with the largest f for which the network fits the budget. The
-baseline of Zhang et al., arXiv:1505.06798, without rank selection.
+d'_l is the largest rank with m_l(d'_l) ≤ f · D_l (or 1), with the largest f for which the network
+fits the budget. The baseline of Zhang et al., arXiv:1505.06798, without rank selection.
 
 Layers of one shape gain a rank at the same fraction, all or none of them, so up to one rank of each
 of them can be left of the budget. It is not spent: ranks would then differ between equal layers.
@@ -21,11 +21,10 @@ def uniform(problem: RankProblem) -> Ranks:
     def ranks(fraction: Fraction) -> Ranks:
         if fraction == 1:
             return problem.complete({layer.path: None for layer in problem.free})
-        # A decomposition may be cheaper than its layer even at full rank, hence the minimum.
         return problem.complete(
             {
                 layer.path: max(
-                    1, min(layer.width, int(fraction * layer.dense_macs / layer.macs_per_rank))
+                    1, bisect_right(layer.rank_macs.tolist(), fraction * layer.dense_macs)
                 )
                 for layer in problem.free
             }
@@ -34,7 +33,7 @@ def uniform(problem: RankProblem) -> Ranks:
     # The fractions where some layer gains a rank, exactly: layers of one shape gain it together.
     # At 0 every layer has rank 1, which fits; at 1 every layer is dense.
     steps = {
-        Fraction(rank * layer.macs_per_rank, layer.dense_macs)
+        Fraction(int(layer.rank_macs[rank - 1]), layer.dense_macs)
         for layer in problem.free
         for rank in range(1, layer.largest_rank + 1)
     }

@@ -1,0 +1,99 @@
+"""Kind and rank of every layer by measured errors, exactly: a multiple-choice knapsack.
+
+minimise  Σ_l w_l e_l(j_l)    subject to    Σ_l C_l(j_l) ≤ budget - other
+
+over one candidate j of each layer l: a chain at certain ranks, or dense (e = 0). e is the relative
+error of the layer's activations with the chain in its place, w how much of such an error arrives at
+the network's output; both are measured (``accel.error_curves``). To first order the errors of
+different layers add up at the output, which the product of energies (``exact_energy``) does not
+know of: it weighs a layer whose errors die out like one whose errors are seen.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+from jaxtyping import Float64, Int64
+
+from accel.rank_selection.knapsack import Front, solve, undominated
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+    """A chain that can replace a layer: the name of its decomposition, and its ranks."""
+
+    decomposition: str
+    ranks: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class LayerErrors:
+    """What a layer can be replaced by, at what cost and with what error.
+
+    Attributes:
+        path: Path of the layer in the module tree.
+        candidates: The chains.
+        macs: MACs per image of each.
+        errors: Weighted relative error of each, w e.
+        dense_macs: MACs per image of the layer as it is.
+        fixed: What a rule demands: None (free), ``"dense"``, or a rank, the leading one of a chain.
+    """
+
+    path: str
+    candidates: tuple[Candidate, ...]
+    macs: Int64[np.ndarray, " k"]
+    errors: Float64[np.ndarray, " k"]
+    dense_macs: int
+    fixed: Literal["dense"] | int | None = None
+
+
+def measured_error(
+    layers: Sequence[LayerErrors], other_macs: int, budget_macs: int
+) -> dict[str, Candidate | None]:
+    """The chain of each layer, by path; None where it stays dense.
+
+    Args:
+        layers: The layers that can be replaced.
+        other_macs: MACs per image of the convolutions that never are.
+        budget_macs: MACs per image that all convolutions together may cost.
+
+    Raises:
+        ValueError: If the budget cannot be met; the message says the largest reachable speedup.
+    """
+    fronts, options = [], []
+    for layer in layers:
+        cost = np.append(layer.macs, layer.dense_macs)
+        loss = np.append(layer.errors, 0.0)
+        # A chain that costs as much as the layer itself leaves it dense, whatever a rule says.
+        allowed = np.array([_allowed(layer, candidate) for candidate in layer.candidates])
+        allowed &= layer.macs < layer.dense_macs
+        allowed = np.append(allowed, not (isinstance(layer.fixed, int) and allowed.any()))
+        chosen = np.flatnonzero(allowed)
+        kept = chosen[undominated(cost[chosen], loss[chosen])]
+        fronts.append(Front(cost[kept], loss[kept]))
+        options.append([*layer.candidates, None])
+        options[-1] = [options[-1][index] for index in kept]
+    least = sum(int(front.cost[0]) for front in fronts)
+    slack = budget_macs - other_macs - least
+    if slack < 0:
+        original = other_macs + sum(layer.dense_macs for layer in layers)
+        reachable = int(1000 * original / (other_macs + least)) / 1000
+        raise ValueError(
+            f"a budget of {budget_macs:,} MACs per image cannot be met: with the cheapest chain in"
+            f" every layer, {other_macs + least:,} of {original:,} are left; the largest reachable"
+            f" speedup is {reachable:.3f}×"
+        )
+    chosen = solve([front._replace(cost=front.cost - front.cost[0]) for front in fronts], slack)
+    return {
+        layer.path: choices[index]
+        for layer, choices, index in zip(layers, options, chosen, strict=True)
+    }
+
+
+def _allowed(layer: LayerErrors, candidate: Candidate) -> bool:
+    if layer.fixed is None:
+        return True
+    return layer.fixed != "dense" and candidate.ranks[0] == layer.fixed
