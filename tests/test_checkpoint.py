@@ -39,7 +39,12 @@ def test_an_accelerated_network_is_rebuilt_from_its_folder_alone(tmp_path):
 
 
 def test_a_users_network_is_rebuilt_with_a_builder(tmp_path):
-    result = accel.accelerate(networks.network("residual"), networks.images(20), 2.0)
+    result = accel.accelerate(
+        networks.network("residual"),
+        networks.images(20),
+        2.0,
+        decompositions=("channel", "spatial"),
+    )
     accel.save_model(tmp_path / "model", result.model, plan=result.plan)
     again = accel.load_model(tmp_path / "model", lambda: networks.Residual(nnx.Rngs(9)))
     images = networks.images(3, seed=1)
