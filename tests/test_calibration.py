@@ -75,12 +75,16 @@ def test_the_original_runs_responses_are_those_of_an_ordinary_pass(name):
 
 @pytest.mark.parametrize("cache_bytes", [0, 30_000, 10**9])
 @pytest.mark.parametrize("name", networks.NETWORKS)
-def test_the_accelerated_runs_responses_are_those_of_an_ordinary_pass(name, cache_bytes):
+def test_the_kernel_on_the_accelerated_runs_patches_gives_the_responses_of_an_ordinary_pass(name, cache_bytes):
     model, source, program, positions = prepared(name)
     changed = nnx.clone(model)
     run = AcceleratedRun(program, program.calls, source, BATCH, cache_bytes)
     for call in program.calls:
-        responses = run.responses(positions[call.path])
+        kernel = np.asarray(call.layer.kernel[...])
+        patches = run.patches(positions[call.path])
+        responses = patches @ kernel.reshape(-1, kernel.shape[-1])
+        if call.layer.bias is not None:
+            responses += np.asarray(call.layer.bias[...])
         assert sum(place.bytes for place in run.places) <= cache_bytes
         expected = responses_by_hand(changed, call.path, source, positions[call.path])
         np.testing.assert_allclose(responses, expected, rtol=1e-4, atol=1e-4)
@@ -101,18 +105,38 @@ def test_every_segment_runs_once_for_each_batch_where_the_cache_suffices(name):
     CountingSource.asked = 0
     run = AcceleratedRun(program, program.calls, counting, BATCH, 10**9)
     for call in program.calls:
-        run.responses(positions[call.path])
+        run.patches(positions[call.path])
         run.replace(call.layer)
     batches = -(-IMAGES // BATCH)
     assert run.segments_run == batches * len(program.calls)
     assert CountingSource.asked == batches
 
 
+@pytest.mark.parametrize("name", networks.NETWORKS)
+def test_a_layer_that_is_kept_or_put_in_its_own_place_changes_nothing(name):
+    model, source, program, positions = prepared(name)
+    run = AcceleratedRun(program, program.calls, source, BATCH, 10**9)
+    evaluated = nnx.clone(model)
+    evaluated.eval()
+    for call in program.calls:
+        patches = run.patches(positions[call.path])
+        (outputs,) = run.outputs(call.layer, 1)
+        np.testing.assert_allclose(
+            outputs[-1], evaluated(source.images[:BATCH]), rtol=1e-4, atol=1e-4
+        )
+        kernel = np.asarray(call.layer.kernel[...])
+        bias = 0 if call.layer.bias is None else np.asarray(call.layer.bias[...])
+        expected = responses_by_hand(model, call.path, source, positions[call.path])
+        responses = patches @ kernel.reshape(-1, kernel.shape[-1]) + bias
+        np.testing.assert_allclose(responses, expected, rtol=1e-4, atol=1e-4)
+        run.keep()
+
+
 def test_without_a_cache_segments_run_again_from_the_images():
     _, source, program, positions = prepared("chain")
     run = AcceleratedRun(program, program.calls, source, BATCH, 0)
     for call in program.calls:
-        run.responses(positions[call.path])
+        run.patches(positions[call.path])
         run.replace(call.layer)
     layers, batches = len(program.calls), -(-IMAGES // BATCH)
     assert run.segments_run == batches * layers * (layers + 1) // 2
