@@ -2,6 +2,7 @@
 
 from accel.data.bundled import fashion_calibration_images, fashion_test_images
 from accel.data.encoded import EncodedImages
+from accel.data.idx import idx_images
 from accel.data.image_folder import image_folder
 from accel.data.preprocessing import PREPROCESSINGS, preprocess
 from accel.data.source import ArrayImages, LabelledSource, PixelSource
@@ -17,6 +18,7 @@ __all__ = [
     "RandomWindows",
     "fashion_calibration_images",
     "fashion_test_images",
+    "idx_images",
     "image_folder",
     "preprocess",
 ]
