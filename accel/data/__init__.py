@@ -1,5 +1,6 @@
 """Images for calibration and evaluation. ``accel.data.tfds`` needs an extra package."""
 
+from accel.data.augmentation import FlipAndShift
 from accel.data.bundled import fashion_calibration_images, fashion_test_images
 from accel.data.encoded import EncodedImages
 from accel.data.idx import idx_images
@@ -13,6 +14,7 @@ __all__ = [
     "ArrayImages",
     "CentreView",
     "EncodedImages",
+    "FlipAndShift",
     "LabelledSource",
     "PixelSource",
     "RandomWindows",

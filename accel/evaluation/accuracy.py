@@ -58,9 +58,10 @@ def accuracy(
     first = 0
     for batch, labels in source.labelled_batches(batch_size):
         if classes is None:
-            classes = _classes(
-                output_shape(forward, state, padded(batch, batch_size), name), name, source, top
-            )
+            shape = output_shape(forward, state, padded(batch, batch_size), name)
+            classes = output_classes(shape, name, source)
+            if beyond := [k for k in top if not 1 <= k <= classes]:
+                raise ValueError(f"top-{beyond[0]} of {classes} classes is not defined")
         if (wrong := (labels < 0) | (labels >= classes)).any():
             image = int(np.flatnonzero(wrong)[0])
             raise ValueError(
@@ -79,14 +80,22 @@ def accuracy(
     return {f"top{k}": float(share) for k, share in zip(top, correct / images, strict=True)}
 
 
-def _classes(shape: tuple[int, ...], name: str, source: LabelledSource, top: Sequence[int]) -> int:
+def output_classes(shape: tuple[int, ...], name: str, source: LabelledSource) -> int:
+    """How many classes a network tells apart.
+
+    Args:
+        shape: Shape of its outputs.
+        name: Name of the network for messages.
+        source: The images it is meant for.
+
+    Raises:
+        ValueError: If the outputs are not ``[batch, classes]``, or the images' classes are not as
+            many.
+    """
     if len(shape) != 2:
         raise ValueError(f"{name}: expected outputs [batch, classes], found the shape {shape}")
-    classes = shape[1]
-    if source.class_count is not None and source.class_count != classes:
+    if source.class_count is not None and source.class_count != shape[1]:
         raise ValueError(
-            f"{name} tells {classes} classes apart, the images have {source.class_count}"
+            f"{name} tells {shape[1]} classes apart, the images have {source.class_count}"
         )
-    if wrong := [k for k in top if not 1 <= k <= classes]:
-        raise ValueError(f"top-{wrong[0]} of {classes} classes is not defined")
-    return classes
+    return shape[1]

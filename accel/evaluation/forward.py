@@ -29,7 +29,7 @@ def forward_function(model: nnx.Module) -> tuple[Forward, nnx.State]:
 
 
 def output_shape(
-    forward: Forward, state: nnx.State, batch: np.ndarray, name: str
+    forward: Forward, state: nnx.State, batch: np.ndarray | jax.ShapeDtypeStruct, name: str
 ) -> tuple[int, ...]:
     """Shape of the outputs for a batch of images, found without computing them.
 
@@ -39,7 +39,7 @@ def output_shape(
     outputs = jax.eval_shape(forward, state, batch)
     if not hasattr(outputs, "shape") or outputs.shape[:1] != batch.shape[:1]:
         raise ValueError(
-            f"{name}: expected one array of outputs with a row for each of {len(batch)} images,"
+            f"{name}: expected one array of outputs with a row for each of {batch.shape[0]} images,"
             f" found {outputs}"
         )
     return outputs.shape
