@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,13 @@ import numpy as np
 from flax import nnx
 
 from accel.data.source import LabelledSource
-from accel.evaluation.forward import check_finite, forward_function, output_shape, padded
+from accel.evaluation.forward import (
+    Forward,
+    check_finite,
+    forward_function,
+    output_shape,
+    padded,
+)
 
 
 def accuracy(
@@ -42,17 +49,6 @@ def accuracy(
     forward, state = forward_function(model)
     name = type(model).__name__
 
-    @jax.jit
-    def ranks(state, images, labels):
-        """For each image: outputs above the class's own, as high as it, and whether all is well."""
-        logits = forward(state, images)
-        own = jnp.take_along_axis(logits, labels[:, None], axis=1)
-        return (
-            (logits > own).sum(axis=1),
-            (logits == own).sum(axis=1),
-            jnp.isfinite(logits).all(axis=1),
-        )
-
     correct = np.zeros(len(top))
     classes = None
     first = 0
@@ -70,7 +66,9 @@ def accuracy(
             )
         higher, equal, finite = (
             np.asarray(values)[: len(batch)]
-            for values in ranks(state, padded(batch, batch_size), padded(labels, batch_size))
+            for values in _ranks(
+                forward, state, padded(batch, batch_size), padded(labels, batch_size)
+            )
         )
         check_finite(finite, first, name)
         first += len(batch)
@@ -78,6 +76,20 @@ def accuracy(
     if first != images:
         raise ValueError(f"the image source has length {images} but gave {first} images")
     return {f"top{k}": float(share) for k, share in zip(top, correct / images, strict=True)}
+
+
+@partial(jax.jit, static_argnums=0)
+def _ranks(
+    forward: Forward, state: nnx.State, images: jax.Array, labels: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """For each image: outputs above the class's own, as high as it, and whether all is well."""
+    logits = forward(state, images)
+    own = jnp.take_along_axis(logits, labels[:, None], axis=1)
+    return (
+        (logits > own).sum(axis=1),
+        (logits == own).sum(axis=1),
+        jnp.isfinite(logits).all(axis=1),
+    )
 
 
 def output_classes(shape: tuple[int, ...], name: str, source: LabelledSource) -> int:
