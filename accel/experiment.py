@@ -341,7 +341,7 @@ def run(experiment: Experiment, name: str, out: Path, progress: Progress) -> Res
     original = experiment.load_model()
     images = experiment.limited(experiment.calibration)
     experiment.limited(experiment.evaluation)  # What is wrong with it shows now.
-    partial = _begin(experiment, out)
+    partial = begin_folder(to_json(experiment), out)
     progress.say(f"writing to {out}; if stopped, it goes on when called again with --out {out}")
     # Before the long work, so that labels which do not fit the network show at once.
     before = experiment.accuracy(original)
@@ -377,11 +377,18 @@ def run(experiment: Experiment, name: str, out: Path, progress: Progress) -> Res
     return dataclasses.replace(result, report=report)
 
 
-def _begin(experiment: Experiment, out: Path) -> Path:
-    """The folder of an unfinished run, new or left of the same experiment."""
+def begin_folder(text: str, out: Path) -> Path:
+    """The folder ``OUT.partial`` of an unfinished run, new or left of the same experiment.
+
+    Args:
+        text: The experiment as text, to be told from others by.
+        out: What the folder will be called when it is complete.
+
+    Raises:
+        FileExistsError: If the folder is there and of another experiment.
+    """
     partial = out.with_name(f"{out.name}.partial")
     record = partial / "experiment.json"
-    text = to_json(experiment)
     if record.exists() and record.read_text() != text:
         raise FileExistsError(
             f"{partial} holds an unfinished run of another experiment; remove it or choose another"

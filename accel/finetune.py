@@ -224,7 +224,7 @@ def finetune(
         raise ValueError("fine-tuning needs one image or more, found none")
     batch_size = min(batch_size, len(images))
     precision = precision or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
-    _check(epochs, learning_rate, batch_size, weight_decay, clip_norm, warmup)
+    check_settings(epochs, learning_rate, batch_size, weight_decay, clip_norm, warmup)
     network = nnx.clone(model)
     network.eval()
     graphdef, parameters, random, rest = nnx.split(network, nnx.Param, nnx.RngState, ...)
@@ -380,6 +380,27 @@ def training_step(
     return step
 
 
+def check_settings(
+    epochs: int,
+    learning_rate: float,
+    batch_size: int,
+    weight_decay: float,
+    clip_norm: float | None,
+    warmup: float,
+) -> None:
+    """Raises ValueError where one of these settings of ``finetune`` is out of its range."""
+    if epochs < 1 or batch_size < 1:
+        raise ValueError(f"epochs and batch_size are 1 or more, found {epochs} and {batch_size}")
+    if not 0 < learning_rate < math.inf:
+        raise ValueError(f"learning_rate is a number above 0, found {learning_rate}")
+    if not 0 <= weight_decay < math.inf:
+        raise ValueError(f"weight_decay is a number from 0, found {weight_decay}")
+    if clip_norm is not None and not clip_norm > 0:
+        raise ValueError(f"clip_norm is above 0, or None, found {clip_norm}")
+    if not 0 <= warmup < 1:
+        raise ValueError(f"warmup is a share from 0 to below 1, found {warmup}")
+
+
 def _reseeded(random: nnx.State, key: jax.Array) -> nnx.State:
     """The states of random generators as they would be after seeding with ``key``."""
     leaves, structure = jax.tree.flatten(random)
@@ -433,26 +454,6 @@ def _classes(network: nnx.Module, images: PixelSource, evaluation: LabelledSourc
     if evaluation is not None:
         output_classes(shape, name, evaluation)
     return output_classes(shape, name, images)
-
-
-def _check(
-    epochs: int,
-    learning_rate: float,
-    batch_size: int,
-    weight_decay: float,
-    clip_norm: float | None,
-    warmup: float,
-) -> None:
-    if epochs < 1 or batch_size < 1:
-        raise ValueError(f"epochs and batch_size are 1 or more, found {epochs} and {batch_size}")
-    if not 0 < learning_rate < math.inf:
-        raise ValueError(f"learning_rate is a number above 0, found {learning_rate}")
-    if not 0 <= weight_decay < math.inf:
-        raise ValueError(f"weight_decay is a number from 0, found {weight_decay}")
-    if clip_norm is not None and not clip_norm > 0:
-        raise ValueError(f"clip_norm is above 0, or None, found {clip_norm}")
-    if not 0 <= warmup < 1:
-        raise ValueError(f"warmup is a share from 0 to below 1, found {warmup}")
 
 
 def _check_parameters(parameters: nnx.State) -> None:
