@@ -237,6 +237,10 @@ def finetune(
     key = jax.random.key(seed)
     # A step reuses the memory of the state that it is given: that must not be the model's own.
     state = jax.tree.map(jnp.copy, TrainingState(parameters, rest, rule.init(parameters)))
+
+    def network_of(state: TrainingState) -> nnx.Module:
+        return nnx.merge(graphdef, state.parameters, random, state.rest)
+
     position = Position()
     checkpoints = None
     if resume is not None:
@@ -277,19 +281,18 @@ def finetune(
             )
             progress.advance(1)
             if done == steps_per_epoch:
-                measured_on = None
+                watched = None
                 if evaluation is not None:
-                    trained = nnx.merge(graphdef, state.parameters, random, state.rest)
-                    measured_on = accuracy(trained, evaluation, top=(1,))["top1"]
-                position.end_epoch(done, done * batch_size, measured_on)
+                    trained = network_of(state)
+                    watched = accuracy(trained, evaluation, top=(1,), batch_size=batch_size)["top1"]
+                position.end_epoch(done, done * batch_size, watched)
                 progress.say(f"epoch {len(position.history)}: {position.history[-1].text()}")
             due = time.perf_counter() - last_checkpoint >= checkpoint_seconds
             if checkpoints is not None and (done == steps_per_epoch or due):
                 checkpoints.save(position.step, state, dataclasses.asdict(position))
                 last_checkpoint = time.perf_counter()
             started = time.perf_counter()
-    trained = nnx.merge(graphdef, state.parameters, random, state.rest)
-    return FinetuneResult(trained, tuple(position.history))
+    return FinetuneResult(network_of(state), tuple(position.history))
 
 
 def gradient_rule(
@@ -302,14 +305,14 @@ def gradient_rule(
 ) -> optax.GradientTransformation:
     """What becomes of a gradient: clipping, weight decay of kernels, momentum, learning rate.
 
-    Of T steps the first w = round(warmup·T) are warm-up. Step t, counted from 0, has the learning
+    Of T steps the first w = ⌊warmup·T⌋ are warm-up. Step t, counted from 0, has the learning
     rate ``peak·(t + 1)/(w + 1)`` for t < w, and ``peak·(1 + cos(π(t - w)/(T - w)))/2`` from there.
 
     Args:
         optimizer, learning_rate, weight_decay, clip_norm, warmup: See ``finetune``.
         steps: Number of all steps.
     """
-    warmup_steps = round(warmup * steps)
+    warmup_steps = int(warmup * steps)
     # From a part of the peak, not from zero: a step at a learning rate of zero would be wasted.
     schedule = optax.warmup_cosine_decay_schedule(
         learning_rate / (warmup_steps + 1), learning_rate, warmup_steps, steps

@@ -125,6 +125,17 @@ def test_finetune_takes_a_folder_of_run_and_writes_another(quickstart, idx_files
     assert "exists already; nothing is overwritten" in capfd.readouterr().err
 
 
+def test_finetune_without_its_images_says_what_is_missing(quickstart, tmp_path, capfd):
+    for config, message in {
+        "finetune_fashion": "no folder of IDX files given",
+        "finetune_vgg16_imagenet": "no folder of data sets given",
+    }.items():
+        command = ["finetune", str(quickstart), str(ROOT / f"configs/{config}.py")]
+        assert main([*command, "--out", str(tmp_path / "out")]) == 1
+        assert message in capfd.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
 def tiny_vgg16(path, classes=None):
     """A VGG-16 file under torchvision's names, as wide as the real one."""
     widths = [64, 64, 128, 128, 256, 256, 256, *[512] * 6]

@@ -2,7 +2,6 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-import networks
 import numpy as np
 import optax
 import pytest
@@ -43,9 +42,9 @@ def compiled(tmp_path_factory):
 
 
 def dense(batch_norm=False, dropout_rate=0.0, seed=0):
-    """A VGG of three narrow convolutions."""
+    """A VGG of two narrow convolutions."""
     model = VGG(
-        ((8,), (16, 16)),
+        ((8,), (16,)),
         num_classes=10,
         in_channels=1,
         batch_norm=batch_norm,
@@ -65,6 +64,16 @@ def factorized(**options):
 def lively():
     """Statistics, dropout and a factorized layer at once: what a state may hold."""
     return factorized(batch_norm=True, dropout_rate=0.3)
+
+
+class Linear(nnx.Module):
+    """Compiled in no time, for what hangs on no network in particular."""
+
+    def __init__(self):
+        self.head = nnx.Linear(28 * 28, 10, rngs=nnx.Rngs(0))
+
+    def __call__(self, images):
+        return self.head(images.reshape(len(images), -1))
 
 
 CONV = nnx.Conv(3, 4, (3, 3), rngs=nnx.Rngs(0))
@@ -138,13 +147,13 @@ def test_training_lowers_the_loss_and_raises_accuracy(build, optimizer, rate):
     result = accel.finetune(
         build(),
         IMAGES,
-        epochs=6,
+        epochs=15,
         learning_rate=rate,
         batch_size=32,
         optimizer=optimizer,
     )
     first, *_, last = result.history
-    assert len(result.history) == 6
+    assert len(result.history) == 15
     assert last.loss < 0.6 * first.loss
     assert last.accuracy > first.accuracy + 0.2
 
@@ -215,15 +224,12 @@ def test_without_a_time_for_it_checkpoints_are_written_after_epochs(tmp_path, tr
         ({"learning_rate": 1e-3}, "another run: learning_rate is 0.003 there, 0.001 here$"),
         ({"augmentation": None}, "augmentation is 'FlipAndShift.*shift=1.*' there, None here$"),
         ({"images": IMAGES.first(200)}, "images.count is 256 there, 200 here; images.digest"),
-        (
-            {"model": dense()},
-            "network.arrays.conv2_1/factors/0/kernel is .* there, None here;.*more",
-        ),
-        ({"model": accel.reinitialized(factorized(), 1)}, "another run: network.weights is "),
+        ({"model": dense()}, "type is 'Linear' there, 'VGG' here; .*head/bias is .*and .* more$"),
+        ({"model": accel.reinitialized(Linear(), 1)}, "another run: network.weights is "),
     ],
 )
 def test_a_checkpoint_of_another_run_is_refused_by_what_differs(tmp_path, change, message):
-    asked = {"model": factorized(), "images": IMAGES, "resume": tmp_path, **SETTINGS}
+    asked = {"model": Linear(), "images": IMAGES, "resume": tmp_path, **SETTINGS}
     with pytest.raises(Killed):
         accel.finetune(**asked, checkpoint_seconds=0.0, progress=KilledAt(1))
     with pytest.raises(ValueError, match=message):
@@ -284,9 +290,7 @@ def test_bfloat16_computes_in_it_and_keeps_everything_in_float32():
 
 def test_a_network_that_diverges_stops_with_the_step():
     with pytest.raises(FloatingPointError, match=r"^step \d+ of epoch \d: the loss is "):
-        accel.finetune(
-            dense(), IMAGES, epochs=20, learning_rate=1e20, clip_norm=None, optimizer="sgd"
-        )
+        accel.finetune(Linear(), IMAGES, epochs=9, learning_rate=1e38, clip_norm=None)
 
 
 @pytest.mark.parametrize(
@@ -309,7 +313,7 @@ def test_a_network_that_diverges_stops_with_the_step():
 )
 def test_what_does_not_fit_is_refused(change, message):
     with pytest.raises(ValueError, match=message):
-        accel.finetune(**{"model": dense(), "images": IMAGES, **SETTINGS, **change})
+        accel.finetune(**{"model": Linear(), "images": IMAGES, **SETTINGS, **change})
 
 
 def test_parameters_of_low_precision_are_refused():
@@ -356,15 +360,14 @@ class OneByOne(ArrayImages):
 
 
 def test_a_reinitialized_network_has_nothing_of_the_old_one():
-    model = networks.Residual(nnx.Rngs(0), width=16)
-    model = rewrite(model, AccelerationPlan((LayerPlan("stem", "channel", (9,)),)))
+    model = lively()
     for _, variable in nnx.to_flat_state(nnx.state(model, nnx.Not(nnx.RngState))):
         variable[...] = jnp.full(variable.shape, 3.0)
     fresh, other = (arrays(accel.reinitialized(model, seed)) for seed in (3, 4))
     for path, values in fresh.items():
         name = path.rpartition("/")[2]
         if name == "kernel":
-            gain = 1 if path == "stem/factors/1/kernel" else 2
+            gain = 1 if path == "conv2_1/factors/1/kernel" else 2
             fan_in = np.prod(values.shape[:-1])
             assert 0.6 < values.var() * fan_in / gain < 1.6, path
             assert not np.array_equal(values, other[path])
