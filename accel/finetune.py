@@ -1,8 +1,8 @@
 """Fine-tuning: supervised training of a network as it is, accelerated or not.
 
 Minimises the mean cross-entropy of softmax outputs by stochastic gradient descent; an accelerated
-network is trained end to end, each factor of each layer for itself. The paper (arXiv:1505.06798,
-section 4.1.4) fine-tunes for 5 epochs at a learning rate of 1e-5 in batches of 128.
+network is trained end to end, each factor of each layer for itself. The paper (arXiv:1505.06798)
+fine-tunes its accelerated networks for 5 epochs at a learning rate of 1e-5 in batches of 128.
 """
 
 from __future__ import annotations
