@@ -1,6 +1,7 @@
 """accel: trained convolutional networks made several times faster, without retraining.
 
 ``accelerate`` is the whole job; ``calibrate``, ``select_ranks`` and ``reconstruct`` are its steps.
+``finetune`` trains what it gave, or any other network, further on labelled images.
 """
 
 from accel.accelerate import (
@@ -14,9 +15,11 @@ from accel.accelerate import (
 from accel.calibration import ArraySource, ImageSource
 from accel.checkpoint import load_model, save_model
 from accel.cost import count_conv_macs, count_macs
+from accel.finetune import FinetuneResult, finetune
 from accel.models import ModelSpec
 from accel.plan import AccelerationPlan, LayerPlan
 from accel.progress import ConsoleProgress, Progress
+from accel.reinitialize import reinitialized
 from accel.report.report import LayerReport, Report
 
 __all__ = [
@@ -24,6 +27,7 @@ __all__ = [
     "ArraySource",
     "Calibration",
     "ConsoleProgress",
+    "FinetuneResult",
     "ImageSource",
     "LayerPlan",
     "LayerReport",
@@ -35,8 +39,10 @@ __all__ = [
     "calibrate",
     "count_conv_macs",
     "count_macs",
+    "finetune",
     "load_model",
     "reconstruct",
+    "reinitialized",
     "save_model",
     "select_ranks",
 ]

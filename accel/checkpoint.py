@@ -77,8 +77,7 @@ def load_model(folder: Path, build: Callable[[], nnx.Module] | None = None) -> n
         if spec is None:
             raise ValueError(f"{folder} does not say how its network is built; give load a builder")
         build = spec.build
-    plan_file = folder / "plan.json"
-    plan = AccelerationPlan.from_json(plan_file.read_text()) if plan_file.exists() else None
+    plan = saved_plan(folder)
 
     def rebuild() -> nnx.Module:
         model = build()
@@ -119,6 +118,16 @@ def saved_spec(folder: Path) -> ModelSpec | None:
             f"{folder}: expected format {FORMAT} in model.json, found {description.get('format')}"
         )
     return None if description["model"] is None else ModelSpec(**description["model"])
+
+
+def saved_plan(folder: Path) -> AccelerationPlan | None:
+    """What was done to the original network of a model folder, None where nothing was.
+
+    Raises:
+        ValueError: If the folder's plan cannot be read.
+    """
+    file = Path(folder) / "plan.json"
+    return AccelerationPlan.from_json(file.read_text()) if file.exists() else None
 
 
 def _arrays(model: nnx.Module) -> dict[str, jax.Array | jax.ShapeDtypeStruct]:

@@ -1,4 +1,4 @@
-"""The command line: ``accel run CONFIG`` and ``accel convert FILE``."""
+"""The command line: ``accel run``, ``accel finetune`` and ``accel convert``."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from accel.batch_norm import find_foldable, fold_batch_norm
 from accel.checkpoint import save_model
 from accel.configuration import load_config
 from accel.experiment import Experiment, run
+from accel.finetuning_experiment import Finetuning, run_finetuning
 from accel.models import ModelSpec
 from accel.plan import AccelerationPlan
 from accel.progress import ConsoleProgress
@@ -25,13 +26,17 @@ from accel.weights import load
 
 USAGE = """\
 usage: accel run CONFIG [--out DIR] [--smoke] [--FIELD VALUE ...]
+       accel finetune FOLDER CONFIG [--out DIR] [--smoke] [--FIELD VALUE ...]
        accel convert FILE --model NAME --out DIR [--FIELD VALUE ...]
 
 run      carries out the experiment of a config file and writes its folder:
          report.json, model/, log.txt
+finetune trains the network of such a folder on labelled images, as a config
+         file says, and writes a new folder
 convert  makes a model folder of a weight file (.safetensors, .pth, .h5, .onnx)
 
-accel run CONFIG --help and accel convert --help list the fields.
+accel run CONFIG --help, accel finetune FOLDER CONFIG --help and
+accel convert --help list the fields.
 """
 
 
@@ -46,6 +51,21 @@ class Run:
     """
 
     experiment: Annotated[tyro.conf.AvoidSubcommands[Experiment], tyro.conf.arg(name="")]
+    out: Path | None = None
+    smoke: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Finetune:
+    """Fine-tuning, and where its results go.
+
+    Attributes:
+        finetuning: What to do.
+        out: The folder to write; by default a new one in runs/.
+        smoke: Cut everything down to see whether it works; the figures mean nothing.
+    """
+
+    finetuning: Annotated[tyro.conf.AvoidSubcommands[Finetuning], tyro.conf.arg(name="")]
     out: Path | None = None
     smoke: bool = False
 
@@ -79,6 +99,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if command == "run" and rest and not rest[0].startswith("-"):
             return _run(Path(rest[0]), rest[1:])
+        if command == "finetune" and len(rest) > 1 and not rest[1].startswith("-"):
+            return _finetune(Path(rest[0]), Path(rest[1]), rest[2:])
         if command == "convert":
             return _convert(tyro.cli(Convert, args=rest, prog="accel convert"))
     except (ValueError, OSError, ArithmeticError) as error:
@@ -90,10 +112,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(config: Path, arguments: Sequence[str]) -> int:
     asked = tyro.cli(
-        Run, args=arguments, default=Run(load_config(config)), prog=f"accel run {config}"
+        Run,
+        args=arguments,
+        default=Run(load_config(config, Experiment)),
+        prog=f"accel run {config}",
     )
     experiment = asked.experiment.smoke() if asked.smoke else asked.experiment
-    out = asked.out or Path("runs") / f"{config.stem}-{time.strftime('%Y%m%d-%H%M%S')}"
+    out = asked.out or _new_folder(config)
     with ConsoleProgress() as progress:
         result = run(experiment, experiment.model.name, out, progress)
     text = summary(result.report)
@@ -102,6 +127,26 @@ def _run(config: Path, arguments: Sequence[str]) -> int:
         Console(file=log, width=100).print(text)
     print(f"results in {out}")
     return 0
+
+
+def _finetune(folder: Path, config: Path, arguments: Sequence[str]) -> int:
+    asked = tyro.cli(
+        Finetune,
+        args=arguments,
+        default=Finetune(load_config(config, Finetuning)),
+        prog=f"accel finetune {folder} {config}",
+    )
+    finetuning = asked.finetuning.smoke() if asked.smoke else asked.finetuning
+    out = asked.out or _new_folder(config)
+    with ConsoleProgress() as progress:
+        report = run_finetuning(finetuning, folder, out, progress)
+    print(report.text())
+    print(f"results in {out}")
+    return 0
+
+
+def _new_folder(config: Path) -> Path:
+    return Path("runs") / f"{config.stem}-{time.strftime('%Y%m%d-%H%M%S')}"
 
 
 def _convert(asked: Convert) -> int:

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import runpy
 from pathlib import Path
+from typing import TypeVar
 
-from accel.experiment import Experiment
+Config = TypeVar("Config")
 
 
-def load_config(file: Path) -> Experiment:
+def load_config(file: Path, kind: type[Config]) -> Config:
     """The experiment that a config file defines.
+
+    Args:
+        file: The file.
+        kind: What the experiment has to be: ``Experiment`` or ``Finetuning``.
 
     Raises:
         ValueError: If the file is not there or does not define one.
@@ -17,6 +22,8 @@ def load_config(file: Path) -> Experiment:
     if not file.is_file():
         raise ValueError(f"{file}: no such config file")
     config = runpy.run_path(str(file)).get("config")
-    if not isinstance(config, Experiment):
-        raise ValueError(f"{file}: expected an Experiment called 'config', found {type(config)}")
+    if not isinstance(config, kind):
+        raise ValueError(
+            f"{file}: expected 'config' to be of type {kind.__name__}, found {type(config)}"
+        )
     return config

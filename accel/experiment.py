@@ -26,6 +26,7 @@ from accel.data import (
     RandomWindows,
     fashion_calibration_images,
     fashion_test_images,
+    idx_images,
     image_folder,
 )
 from accel.evaluation import accuracy, compare_outputs
@@ -35,6 +36,7 @@ from accel.rank_selection import Rules
 from accel.weights import load
 
 BUNDLED = "bundled"
+IDX_CLASSES = 10
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,7 +134,49 @@ class TfdsImages:
         return tfds_images(self.name, self.data_dir, self.split, self.preprocessing, viewer)
 
 
-Images = BundledImages | FolderImages | TfdsImages
+@dataclasses.dataclass(frozen=True)
+class IdxImages:
+    """Images of Fashion-MNIST's four IDX files, gzipped or not, or of MNIST's.
+
+    Attributes:
+        folder: The folder that holds the files.
+        split: ``train`` or ``test``.
+        start: The first image to take, counted from the end where it is negative.
+        stop: The image to stop before, counted likewise; None for the end.
+        preprocessing: Another than that of the bundled network.
+    """
+
+    folder: Path | None = None
+    split: Literal["train", "test"] = "train"
+    start: int = 0
+    stop: int | None = None
+    preprocessing: str = "fashion"
+
+    def open(self) -> PixelSource:
+        """The images with their labels.
+
+        Raises:
+            ValueError: If the folder was not given, or its files or the range do not fit.
+        """
+        if self.folder is None:
+            raise ValueError("no folder of IDX files given")
+        prefix = "train" if self.split == "train" else "t10k"
+        images = _plain_or_gzipped(self.folder / f"{prefix}-images-idx3-ubyte")
+        labels = _plain_or_gzipped(self.folder / f"{prefix}-labels-idx1-ubyte")
+        whole = idx_images(images, labels, self.preprocessing, class_count=IDX_CLASSES)
+        taken = slice(self.start, self.stop)
+        if not range(len(whole))[taken]:
+            raise ValueError(f"{images}: no image from {self.start} to {self.stop} of {len(whole)}")
+        pixels, classes = whole.read(*taken.indices(len(whole))[:2])
+        return dataclasses.replace(whole, pixels=pixels, labels=classes)
+
+
+Images = BundledImages | FolderImages | IdxImages | TfdsImages
+
+
+def _plain_or_gzipped(file: Path) -> Path:
+    gzipped = file.with_name(f"{file.name}.gz")
+    return gzipped if gzipped.exists() else file
 
 
 def _viewer(
@@ -299,7 +343,7 @@ def run(experiment: Experiment, name: str, out: Path, progress: Progress) -> Res
     original = experiment.load_model()
     images = experiment.limited(experiment.calibration)
     experiment.limited(experiment.evaluation)  # What is wrong with it shows now.
-    partial = _begin(experiment, out)
+    partial = begin_folder(to_json(experiment), out)
     progress.say(f"writing to {out}; if stopped, it goes on when called again with --out {out}")
     # Before the long work, so that labels which do not fit the network show at once.
     before = experiment.accuracy(original)
@@ -335,11 +379,18 @@ def run(experiment: Experiment, name: str, out: Path, progress: Progress) -> Res
     return dataclasses.replace(result, report=report)
 
 
-def _begin(experiment: Experiment, out: Path) -> Path:
-    """The folder of an unfinished run, new or left of the same experiment."""
+def begin_folder(text: str, out: Path) -> Path:
+    """The folder ``OUT.partial`` of an unfinished run, new or left of the same experiment.
+
+    Args:
+        text: The experiment as text, to be told from others by.
+        out: What the folder will be called when it is complete.
+
+    Raises:
+        FileExistsError: If the folder is there and of another experiment.
+    """
     partial = out.with_name(f"{out.name}.partial")
     record = partial / "experiment.json"
-    text = to_json(experiment)
     if record.exists() and record.read_text() != text:
         raise FileExistsError(
             f"{partial} holds an unfinished run of another experiment; remove it or choose another"

@@ -21,6 +21,9 @@ class Progress:
     def advance(self, amount: int) -> None:
         """``amount`` units of the work that was begun last are done."""
 
+    def describe(self, description: str) -> None:
+        """What the work that was begun last is at now."""
+
 
 class ConsoleProgress(Progress):
     """Progress bars on the console, used as a context manager."""
@@ -56,3 +59,7 @@ class ConsoleProgress(Progress):
     def advance(self, amount: int) -> None:
         if self.task is not None:
             self.bars.advance(self.task, amount)
+
+    def describe(self, description: str) -> None:
+        if self.task is not None:
+            self.bars.update(self.task, description=description)

@@ -192,7 +192,7 @@ def _key(line: dict) -> tuple:
 
 def main() -> None:
     config, *arguments = sys.argv[1:]
-    experiment = load_config(Path(config))
+    experiment = load_config(Path(config), Experiment)
     comparison = tyro.cli(
         Comparison, args=arguments, default=Comparison(Grid(tyro.MISSING), experiment)
     )

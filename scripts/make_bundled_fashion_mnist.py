@@ -15,7 +15,9 @@ from pathlib import Path
 
 import numpy as np
 import tyro
-from train_fashion_vgg import HELD_BACK, read_idx
+from train_fashion_vgg import HELD_BACK
+
+from accel.data.idx import read_idx
 
 CALIBRATION_IMAGES = 3_000
 
@@ -28,7 +30,7 @@ class Options:
 
 
 def main(options: Options) -> None:
-    training_images = read_idx(options.data / "train-images-idx3-ubyte.gz")[:-HELD_BACK]
+    training_images = read_idx(options.data / "train-images-idx3-ubyte.gz", 3)[:-HELD_BACK]
     drawn = np.random.default_rng(options.seed).choice(
         len(training_images), CALIBRATION_IMAGES, replace=False
     )
@@ -38,8 +40,8 @@ def main(options: Options) -> None:
         np.savez_compressed(
             file,
             calibration_images=training_images[np.sort(drawn)],
-            test_images=read_idx(options.data / "t10k-images-idx3-ubyte.gz"),
-            test_labels=read_idx(options.data / "t10k-labels-idx1-ubyte.gz"),
+            test_images=read_idx(options.data / "t10k-images-idx3-ubyte.gz", 3),
+            test_labels=read_idx(options.data / "t10k-labels-idx1-ubyte.gz", 1),
         )
     temporary.replace(options.out)
     print(f"{options.out}: {options.out.stat().st_size / 1e6:.2f} MB")

@@ -48,7 +48,7 @@ def forward_seconds(model, source, batch_size: int) -> float:
 
 def main() -> None:
     config, *arguments = sys.argv[1:]
-    default = Measurement(load_config(Path(config)), tyro.MISSING)
+    default = Measurement(load_config(Path(config), Experiment), tyro.MISSING)
     asked = tyro.cli(Measurement, args=arguments, default=default)
     experiment = asked.experiment
     original = experiment.load_model()

@@ -12,7 +12,6 @@ every epoch, and a run that was stopped goes on from the last one with the same 
 from __future__ import annotations
 
 import dataclasses
-import gzip
 import time
 from pathlib import Path
 
@@ -25,6 +24,7 @@ import tyro
 from flax import nnx
 from safetensors.numpy import save_file
 
+from accel.data.idx import read_idx
 from accel.models.vgg import STAGES, VGG
 
 MEAN, STANDARD_DEVIATION = 0.2860, 0.3530
@@ -40,13 +40,6 @@ class Options:
     peak_learning_rate: float = 0.1
     weight_decay: float = 5e-4
     seed: int = 0
-
-
-def read_idx(path: Path) -> np.ndarray:
-    content = gzip.decompress(path.read_bytes())
-    dimensions = content[3]
-    shape = np.frombuffer(content, ">i4", dimensions, offset=4)
-    return np.frombuffer(content, np.uint8, offset=4 + 4 * dimensions).reshape(shape)
 
 
 def normalise(images: jax.Array) -> jax.Array:
@@ -84,12 +77,12 @@ def folded_weights(model: VGG) -> dict[str, np.ndarray]:
 
 
 def main(options: Options) -> None:
-    images = read_idx(options.data / "train-images-idx3-ubyte.gz")
-    labels = read_idx(options.data / "train-labels-idx1-ubyte.gz").astype(np.int32)
+    images = read_idx(options.data / "train-images-idx3-ubyte.gz", 3)
+    labels = read_idx(options.data / "train-labels-idx1-ubyte.gz", 1).astype(np.int32)
     kept_images, kept_labels = images[-HELD_BACK:], labels[-HELD_BACK:]
     images, labels = images[:-HELD_BACK], labels[:-HELD_BACK]
-    test_images = read_idx(options.data / "t10k-images-idx3-ubyte.gz")
-    test_labels = read_idx(options.data / "t10k-labels-idx1-ubyte.gz")
+    test_images = read_idx(options.data / "t10k-images-idx3-ubyte.gz", 3)
+    test_labels = read_idx(options.data / "t10k-labels-idx1-ubyte.gz", 1)
 
     model = VGG(
         STAGES["small_vgg"],

@@ -149,7 +149,9 @@ def test_asymmetric_reconstruction_beats_symmetric_and_nonlinear_beats_linear(ca
 def test_the_same_seed_gives_the_same_result_and_another_seed_another():
     model = networks.network("chain")
     first, again, other = (
-        nnx.state(accel.accelerate(model, IMAGES, 1.5, positions_per_image=5, seed=seed, **PAIRS).model)
+        nnx.state(
+            accel.accelerate(model, IMAGES, 1.5, positions_per_image=5, seed=seed, **PAIRS).model
+        )
         for seed in (0, 0, 1)
     )
     jax.tree.map(np.testing.assert_array_equal, first, again)

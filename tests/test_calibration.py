@@ -75,7 +75,9 @@ def test_the_original_runs_responses_are_those_of_an_ordinary_pass(name):
 
 @pytest.mark.parametrize("cache_bytes", [0, 30_000, 10**9])
 @pytest.mark.parametrize("name", networks.NETWORKS)
-def test_the_kernel_on_the_accelerated_runs_patches_gives_the_responses_of_an_ordinary_pass(name, cache_bytes):
+def test_the_kernel_on_the_accelerated_runs_patches_gives_the_responses_of_an_ordinary_pass(
+    name, cache_bytes
+):
     model, source, program, positions = prepared(name)
     changed = nnx.clone(model)
     run = AcceleratedRun(program, program.calls, source, BATCH, cache_bytes)

@@ -82,6 +82,60 @@ def test_fields_are_overridden_and_recorded(tmp_path):
     assert report["settings"]["seed"] == 3
 
 
+@pytest.fixture(scope="module")
+def idx_files(tmp_path_factory):
+    """A training set in Fashion-MNIST's format, large enough that 3,000 images can be held back."""
+    folder = tmp_path_factory.mktemp("idx")
+    pixels, labels = fashion_test_images().read(0, 3_100)
+    for name, array in (
+        ("train-images-idx3-ubyte", pixels[..., 0]),
+        ("train-labels-idx1-ubyte", labels.astype(np.uint8)),
+    ):
+        header = bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">u4").tobytes()
+        (folder / name).write_bytes(header + array.tobytes())
+    return folder
+
+
+def test_finetune_takes_a_folder_of_run_and_writes_another(quickstart, idx_files, tmp_path, capfd):
+    out = tmp_path / "out"
+    command = ["finetune", str(quickstart), str(ROOT / "configs/finetune_fashion.py"), "--smoke"]
+    command += ["--images.folder", str(idx_files), "--held-back.folder", str(idx_files)]
+    command += ["--out", str(out)]
+    # A failed start leaves nothing that stands in the way of the corrected command.
+    assert main([*command, "--learning-rate", "nan"]) == 1
+    assert "learning_rate is a number above 0, found nan" in capfd.readouterr().err
+    assert main(command) == 0
+    assert {p.name for p in out.iterdir()} == {
+        "experiment.json",
+        "log.txt",
+        "model",
+        "report.json",
+    }
+    report = json.loads((out / "report.json").read_text())
+    assert report.keys() >= {"model", "device", "versions", "settings", "history", "seconds"}
+    assert report["metrics"]["top1"].keys() == {"before", "after"}
+    assert [epoch.keys() for epoch in report["history"]] == [
+        {"loss", "accuracy", "evaluation", "seconds"}
+    ]
+    images = next(fashion_test_images().batches(8))
+    before, after = (accel.load_model(folder / "model")(images) for folder in (quickstart, out))
+    assert before.shape == after.shape
+    assert not np.array_equal(before, after)
+    assert main(command) == 1
+    assert "exists already; nothing is overwritten" in capfd.readouterr().err
+
+
+def test_finetune_without_its_images_says_what_is_missing(quickstart, tmp_path, capfd):
+    for config, message in {
+        "finetune_fashion": "no folder of IDX files given",
+        "finetune_vgg16_imagenet": "no folder of data sets given",
+    }.items():
+        command = ["finetune", str(quickstart), str(ROOT / f"configs/{config}.py")]
+        assert main([*command, "--out", str(tmp_path / "out")]) == 1
+        assert message in capfd.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
 def tiny_vgg16(path, classes=None):
     """A VGG-16 file under torchvision's names, as wide as the real one."""
     widths = [64, 64, 128, 128, 256, 256, 256, *[512] * 6]
@@ -155,7 +209,9 @@ def test_a_model_folder_of_another_network_is_refused(tmp_path, capfd):
     ("arguments", "message"),
     [
         (["run", "nothing.py"], "nothing.py: no such config file"),
-        (["run", str(ROOT / "accel/plan.py")], "expected an Experiment called 'config'"),
+        (["run", str(ROOT / "accel/plan.py")], "expected 'config' to be of type Experiment"),
+        (["finetune", "nothing", str(ROOT / "accel/plan.py")], "to be of type Finetuning"),
+        (["finetune", "nothing", str(ROOT / "configs/finetune_fashion.py")], "is no model folder"),
         (["convert", "nothing.h5", "--model", "vgg16", "--out", "x"], "nothing.h5"),
         (["convert", "nothing.h5", "--model", "vgg99", "--out", "x"], "unknown model 'vgg99'"),
     ],

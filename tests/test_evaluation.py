@@ -129,8 +129,9 @@ def test_a_smaller_last_batch_takes_no_second_compilation():
     source, model = logits_source(logits, labels), Counting()
     few = traces(lambda: accuracy(model, source, batch_size=10))
     assert traces(lambda: accuracy(model, source, batch_size=3)) == few > 0
-    few = traces(lambda: compare_outputs(model, model, source, batch_size=10))
-    assert traces(lambda: compare_outputs(model, model, source, batch_size=3)) == few > 0
+    # Other batch sizes: for those above the network is not even traced again.
+    few = traces(lambda: compare_outputs(model, model, source, batch_size=5))
+    assert traces(lambda: compare_outputs(model, model, source, batch_size=4)) == few > 0
 
 
 def test_labels_and_classes_have_to_fit():

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import os
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
 import numpy as np
@@ -61,6 +63,19 @@ class PixelSource(abc.ABC):
     @abc.abstractmethod
     def read(self, start: int, stop: int) -> tuple[np.ndarray, LabelBatch | None]:
         """The pixels ``[stop - start, height, width, channels]`` of some images, and the labels."""
+
+    def take(self, indices: Integer[np.ndarray, " batch"]) -> tuple[np.ndarray, LabelBatch | None]:
+        """The pixels of the images with these numbers, in this order, and the labels.
+
+        Several threads ``read`` at once, since reading may mean decoding.
+        """
+        with ThreadPoolExecutor(os.cpu_count()) as threads:
+            read = list(threads.map(lambda index: self.read(int(index), int(index) + 1), indices))
+        labels = [label for _, label in read if label is not None]
+        return (
+            np.concatenate([pixels for pixels, _ in read]),
+            np.concatenate(labels) if len(labels) == len(read) else None,
+        )
 
     def batches(self, batch_size: int) -> Iterator[ImageBatch]:
         """Preprocessed batches; only the last may be smaller.
@@ -154,6 +169,10 @@ class ArrayImages(PixelSource):
         labels = None if self.labels is None else self.labels[start:stop].astype(np.int32)
         return self.pixels[start:stop], labels
 
+    def take(self, indices: Integer[np.ndarray, " batch"]) -> tuple[np.ndarray, LabelBatch | None]:
+        labels = None if self.labels is None else self.labels[indices].astype(np.int32)
+        return self.pixels[indices], labels
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class FirstImages(PixelSource):
@@ -174,6 +193,9 @@ class FirstImages(PixelSource):
 
     def read(self, start: int, stop: int) -> tuple[np.ndarray, LabelBatch | None]:
         return self.source.read(start, stop)
+
+    def take(self, indices: Integer[np.ndarray, " batch"]) -> tuple[np.ndarray, LabelBatch | None]:
+        return self.source.take(indices)
 
 
 def check_labels(labels: Integer[np.ndarray, " images"], class_count: int | None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,13 @@ import numpy as np
 from flax import nnx
 
 from accel.data.source import LabelledSource
-from accel.evaluation.forward import check_finite, forward_function, output_shape, padded
+from accel.evaluation.forward import (
+    Forward,
+    check_finite,
+    forward_function,
+    output_shape,
+    padded,
+)
 
 # From this many classes on, the class among the five highest outputs says something.
 TOP_5_CLASSES = 10
@@ -45,29 +52,17 @@ def accuracy(
     forward, state = forward_function(model)
     name = type(model).__name__
 
-    @jax.jit
-    def ranks(state, images, labels):
-        """For each image: outputs above the class's own, as high as it, and whether all is well."""
-        logits = forward(state, images)
-        own = jnp.take_along_axis(logits, labels[:, None], axis=1)
-        return (
-            (logits > own).sum(axis=1),
-            (logits == own).sum(axis=1),
-            jnp.isfinite(logits).all(axis=1),
-        )
-
     correct: dict[int, float] = {}
     classes = None
     first = 0
     for batch, labels in source.labelled_batches(batch_size):
         if classes is None:
-            classes = _classes(
-                output_shape(forward, state, padded(batch, batch_size), name), name, source
-            )
+            shape = output_shape(forward, state, padded(batch, batch_size), name)
+            classes = output_classes(shape, name, source)
             if top is None:
                 top = (1, 5) if classes >= TOP_5_CLASSES else (1,)
-            if wrong := [k for k in top if not 1 <= k <= classes]:
-                raise ValueError(f"top-{wrong[0]} of {classes} classes is not defined")
+            if beyond := [k for k in top if not 1 <= k <= classes]:
+                raise ValueError(f"top-{beyond[0]} of {classes} classes is not defined")
             correct = dict.fromkeys(top, 0.0)
         if (wrong := (labels < 0) | (labels >= classes)).any():
             image = int(np.flatnonzero(wrong)[0])
@@ -77,7 +72,9 @@ def accuracy(
             )
         higher, equal, finite = (
             np.asarray(values)[: len(batch)]
-            for values in ranks(state, padded(batch, batch_size), padded(labels, batch_size))
+            for values in _ranks(
+                forward, state, padded(batch, batch_size), padded(labels, batch_size)
+            )
         )
         check_finite(finite, first, name)
         first += len(batch)
@@ -88,12 +85,36 @@ def accuracy(
     return {f"top{k}": count / images for k, count in correct.items()}
 
 
-def _classes(shape: tuple[int, ...], name: str, source: LabelledSource) -> int:
+@partial(jax.jit, static_argnums=0)
+def _ranks(
+    forward: Forward, state: nnx.State, images: jax.Array, labels: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """For each image: outputs above the class's own, as high as it, and whether all is well."""
+    logits = forward(state, images)
+    own = jnp.take_along_axis(logits, labels[:, None], axis=1)
+    return (
+        (logits > own).sum(axis=1),
+        (logits == own).sum(axis=1),
+        jnp.isfinite(logits).all(axis=1),
+    )
+
+
+def output_classes(shape: tuple[int, ...], name: str, source: LabelledSource) -> int:
+    """How many classes a network tells apart.
+
+    Args:
+        shape: Shape of its outputs.
+        name: Name of the network for messages.
+        source: The images it is meant for.
+
+    Raises:
+        ValueError: If the outputs are not ``[batch, classes]``, or the images' classes are not as
+            many.
+    """
     if len(shape) != 2:
         raise ValueError(f"{name}: expected outputs [batch, classes], found the shape {shape}")
-    classes = shape[1]
-    if source.class_count is not None and source.class_count != classes:
+    if source.class_count is not None and source.class_count != shape[1]:
         raise ValueError(
-            f"{name} tells {classes} classes apart, the images have {source.class_count}"
+            f"{name} tells {shape[1]} classes apart, the images have {source.class_count}"
         )
-    return classes
+    return shape[1]

@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
 from typing import Any
 
 import jax
 import numpy as np
 from flax import nnx
 
-Forward = Callable[[Any, Any], Any]
+
+@dataclasses.dataclass(frozen=True)
+class Forward:
+    """A pure function ``(state, images) -> outputs`` of a network.
+
+    Those of two networks that differ in nothing but their state are equal, so that a jitted
+    function that takes one as a static argument is compiled once for both.
+    """
+
+    graphdef: nnx.GraphDef
+
+    def __call__(self, state: Any, images: Any) -> Any:
+        return nnx.merge(self.graphdef, state)(images)
 
 
 def forward_function(model: nnx.Module) -> tuple[Forward, nnx.State]:
@@ -21,15 +33,11 @@ def forward_function(model: nnx.Module) -> tuple[Forward, nnx.State]:
     evaluated = nnx.clone(model)
     evaluated.eval()
     graphdef, state = nnx.split(evaluated)
-
-    def forward(state: Any, images: Any) -> Any:
-        return nnx.merge(graphdef, state)(images)
-
-    return forward, state
+    return Forward(graphdef), state
 
 
 def output_shape(
-    forward: Forward, state: nnx.State, batch: np.ndarray, name: str
+    forward: Forward, state: nnx.State, batch: np.ndarray | jax.ShapeDtypeStruct, name: str
 ) -> tuple[int, ...]:
     """Shape of the outputs for a batch of images, found without computing them.
 
@@ -39,7 +47,7 @@ def output_shape(
     outputs = jax.eval_shape(forward, state, batch)
     if not hasattr(outputs, "shape") or outputs.shape[:1] != batch.shape[:1]:
         raise ValueError(
-            f"{name}: expected one array of outputs with a row for each of {len(batch)} images,"
+            f"{name}: expected one array of outputs with a row for each of {batch.shape[0]} images,"
             f" found {outputs}"
         )
     return outputs.shape

@@ -1,0 +1,502 @@
+"""Fine-tuning: supervised training of a network as it is, accelerated or not.
+
+Minimises the mean cross-entropy of softmax outputs by stochastic gradient descent; an accelerated
+network is trained end to end, each factor of each layer for itself. The paper (arXiv:1505.06798)
+fine-tunes its accelerated networks for 5 epochs at a learning rate of 1e-5 in batches of 128.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+from accel.data.augmentation import Augmentation
+from accel.data.preprocessing import preprocess
+from accel.data.source import LabelledSource, PixelSource
+from accel.evaluation import accuracy
+from accel.evaluation.accuracy import output_classes
+from accel.evaluation.forward import forward_function, output_shape
+from accel.program import path_name
+from accel.progress import Progress
+from accel.training_checkpoint import TrainingCheckpoints
+
+Precision = Literal["float32", "bfloat16"]
+Optimizer = Literal["sgd", "adamw"]
+
+MOMENTUM = 0.9
+# As many images stand for all of them where a checkpoint is compared with the run at hand.
+SAMPLED_IMAGES = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Epoch:
+    """One pass over the training images.
+
+    Attributes:
+        loss: Mean cross-entropy of the training images in nats, as they came: augmented, with
+            dropout, each before the step that was made with it.
+        accuracy: The share of them that was right.
+        evaluation: Top-1 accuracy on the evaluation images after the epoch, None without any.
+        seconds: Time for training, without evaluation and checkpoints.
+    """
+
+    loss: float
+    accuracy: float
+    evaluation: float | None
+    # Two runs with the same result do not take the same time.
+    seconds: float = dataclasses.field(compare=False)
+
+    def text(self) -> str:
+        """The epoch in a line."""
+        watched = "" if self.evaluation is None else f", on evaluation images {self.evaluation:.4f}"
+        return f"loss {self.loss:.4f}, accuracy {self.accuracy:.4f}{watched}, {self.seconds:.1f} s"
+
+
+@dataclasses.dataclass(frozen=True)
+class FinetuneResult:
+    """What fine-tuning gives back.
+
+    Attributes:
+        model: The network after the last step, in evaluation mode.
+        history: Each epoch, in order.
+    """
+
+    model: nnx.Module
+    history: tuple[Epoch, ...]
+
+
+class TrainingState(NamedTuple):
+    """What a step changes.
+
+    Attributes:
+        parameters: What is trained (``nnx.Param``), in float32 or better.
+        rest: What the network changes by itself, such as running statistics.
+        optimizer: The optimizer's state.
+    """
+
+    parameters: nnx.State
+    rest: nnx.State
+    optimizer: Any
+
+
+class Measured(NamedTuple):
+    """What a step says of its batch, as it was before the step.
+
+    Attributes:
+        loss: Mean cross-entropy in nats.
+        correct: Number of images whose highest output is that of their class.
+        gradient_norm: Euclidean norm of the whole gradient, not clipped.
+    """
+
+    loss: jax.Array
+    correct: jax.Array
+    gradient_norm: jax.Array
+
+
+Step = Callable[[TrainingState, jax.Array, Any, Any, Any], tuple[TrainingState, Measured]]
+
+
+@dataclasses.dataclass
+class Position:
+    """Where a run is: all that a checkpoint holds besides arrays.
+
+    Attributes:
+        step: Number of steps done.
+        loss: Sum of the losses of the steps of this epoch.
+        correct: Number of images of this epoch that were right.
+        seconds: Time for training in this epoch.
+        history: The epochs that are done.
+    """
+
+    step: int = 0
+    loss: float = 0.0
+    correct: int = 0
+    seconds: float = 0.0
+    history: list[Epoch] = dataclasses.field(default_factory=list)
+
+    @staticmethod
+    def from_json(content: Mapping[str, Any]) -> Position:
+        """The position of which ``dataclasses.asdict`` is ``content``."""
+        history = [Epoch(**epoch) for epoch in content["history"]]
+        return Position(**{**content, "history": history})
+
+    def account(self, measured: Measured) -> None:
+        """Takes in a step.
+
+        Raises:
+            FloatingPointError: If its loss or gradient is NaN or Inf.
+        """
+        loss, norm = float(measured.loss), float(measured.gradient_norm)
+        self.step += 1
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            raise FloatingPointError(
+                f"step {self.step} of epoch {len(self.history) + 1}: the loss is {loss}, the norm"
+                f" of the gradient {norm}; try a lower learning rate"
+            )
+        self.loss += loss
+        self.correct += int(measured.correct)
+
+    def end_epoch(self, steps: int, images: int, evaluation: float | None) -> None:
+        """Puts the epoch of that many steps and images into the history and begins the next."""
+        epoch = Epoch(self.loss / steps, self.correct / images, evaluation, self.seconds)
+        self.history.append(epoch)
+        self.loss, self.correct, self.seconds = 0.0, 0, 0.0
+
+
+def finetune(
+    model: nnx.Module,
+    images: PixelSource,
+    *,
+    evaluation: LabelledSource | None = None,
+    epochs: int = 5,
+    learning_rate: float = 1e-5,
+    batch_size: int = 128,
+    optimizer: Optimizer = "sgd",
+    weight_decay: float = 5e-4,
+    clip_norm: float | None = 1.0,
+    warmup: float = 0.05,
+    augmentation: Augmentation | None = None,
+    precision: Precision | None = None,
+    seed: int = 0,
+    resume: Path | None = None,
+    checkpoint_seconds: float = 300.0,
+    progress: Progress | None = None,
+) -> FinetuneResult:
+    """Trains a network further on labelled images.
+
+    Every epoch goes through the images once in an order of its own, in whole batches; what is left
+    over at the end of an epoch is not used in it. The network that is handed back is that of the
+    last step: nothing is chosen by ``evaluation``.
+
+    The result hangs on the arguments and ``seed`` alone, not on whether the run was stopped in
+    between: bit by bit on a CPU, elsewhere as far as the device computes the same twice (on GPUs
+    with ``XLA_FLAGS=--xla_gpu_deterministic_ops=true``).
+
+    Args:
+        model: The network, called as ``model(images) -> [batch, classes]``, accelerated or not; it
+            is not changed.
+        images: What to train on, with labels. Read in random order: where decoding is slow and
+            memory allows, give ``images.loaded()``.
+        evaluation: Images to measure accuracy on after each epoch. Not the test set: who looks at
+            this history to choose epochs or a learning rate chooses by these images.
+        epochs: Passes over the images.
+        learning_rate: The highest. It rises linearly to it, then falls along a cosine to zero.
+        batch_size: Images per step, or all where there are fewer.
+        optimizer: ``sgd``: with Nesterov momentum 0.9; ``adamw``.
+        weight_decay: Of kernels only. ``sgd``: added to the gradient as weight_decay·kernel;
+            ``adamw``: to the step as learning rate·weight_decay·kernel.
+        clip_norm: A gradient of a larger Euclidean norm, all parameters together and without weight
+            decay, is scaled down to it; None for no clipping.
+        warmup: The share of all steps in which the learning rate rises.
+        augmentation: A pure function ``(key, images) -> images`` on preprocessed batches, such as
+            ``FlipAndShift``. A function that is no dataclass is recognised by its name alone when a
+            run is resumed.
+        precision: What layers compute in that do not name a type themselves: ``float32``, or
+            ``bfloat16`` with parameters, optimizer and loss in float32. By default ``bfloat16`` on
+            GPU and TPU, else ``float32``.
+        seed: Seed of orders, augmentation and dropout.
+        resume: A folder for checkpoints; a run that was stopped goes on from the last one when it
+            is called again with the same arguments.
+        checkpoint_seconds: A checkpoint is written after every epoch, and in it whenever this time
+            has passed.
+        progress: Receives what the run is doing.
+
+    Raises:
+        ValueError: If settings, images, labels and network do not fit together, or ``resume`` holds
+            checkpoints of another run.
+        FloatingPointError: If loss or gradient become NaN or Inf; the message names the step.
+    """
+    progress = progress or Progress()
+    if not len(images):
+        raise ValueError("fine-tuning needs one image or more, found none")
+    batch_size = min(batch_size, len(images))
+    precision = precision or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+    check_settings(epochs, learning_rate, batch_size, weight_decay, clip_norm, warmup)
+    network = nnx.clone(model)
+    network.eval()
+    graphdef, parameters, random, rest = nnx.split(network, nnx.Param, nnx.RngState, ...)
+    _check_parameters(parameters)
+    classes = _classes(network, images, evaluation)
+    steps_per_epoch = len(images) // batch_size
+    steps = epochs * steps_per_epoch
+    rule = gradient_rule(optimizer, learning_rate, weight_decay, clip_norm, warmup, steps)
+    train = training_step(network, rule, augmentation, precision)
+    key = jax.random.key(seed)
+    # A step reuses the memory of the state that it is given: that must not be the model's own.
+    state = jax.tree.map(jnp.copy, TrainingState(parameters, rest, rule.init(parameters)))
+
+    def network_of(state: TrainingState) -> nnx.Module:
+        return nnx.merge(graphdef, state.parameters, random, state.rest)
+
+    position = Position()
+    checkpoints = None
+    if resume is not None:
+        settings = {
+            "epochs": epochs,
+            "learning_rate": learning_rate,
+            "batch_size": batch_size,
+            "optimizer": optimizer,
+            "weight_decay": weight_decay,
+            "clip_norm": clip_norm,
+            "warmup": warmup,
+            "augmentation": _augmentation_name(augmentation),
+            "precision": precision,
+            "seed": seed,
+            "images": _traits_of_images(images),
+            "evaluation_images": None if evaluation is None else len(evaluation),
+            "network": _traits_of_network(network),
+        }
+        checkpoints = TrainingCheckpoints(resume, settings)
+    with checkpoints or nullcontext():
+        if checkpoints is not None and (found := checkpoints.restore(state)) is not None:
+            state, position = found[0], Position.from_json(found[1])
+            progress.say(f"fine-tuning goes on after step {position.step} of {steps}")
+        progress.begin("fine-tuning", steps - position.step)
+        batches = _batches(images, classes, batch_size, seed, range(position.step, steps))
+        batch = next(batches, None)
+        last_checkpoint = started = time.perf_counter()
+        while batch is not None:
+            state, measured = train(state, key, np.uint32(position.step), *batch)
+            # Read while the device computes.
+            batch = next(batches, None)
+            position.account(measured)
+            position.seconds += time.perf_counter() - started
+            done = position.step - len(position.history) * steps_per_epoch
+            progress.describe(
+                f"epoch {len(position.history) + 1}/{epochs}, loss {position.loss / done:.4f},"
+                f" accuracy {position.correct / (done * batch_size):.4f}"
+            )
+            progress.advance(1)
+            if done == steps_per_epoch:
+                watched = None
+                if evaluation is not None:
+                    trained = network_of(state)
+                    watched = accuracy(trained, evaluation, top=(1,), batch_size=batch_size)["top1"]
+                position.end_epoch(done, done * batch_size, watched)
+                progress.say(f"epoch {len(position.history)}: {position.history[-1].text()}")
+            due = time.perf_counter() - last_checkpoint >= checkpoint_seconds
+            if checkpoints is not None and (done == steps_per_epoch or due):
+                checkpoints.save(position.step, state, dataclasses.asdict(position))
+                last_checkpoint = time.perf_counter()
+            started = time.perf_counter()
+    return FinetuneResult(network_of(state), tuple(position.history))
+
+
+def gradient_rule(
+    optimizer: Optimizer,
+    learning_rate: float,
+    weight_decay: float,
+    clip_norm: float | None,
+    warmup: float,
+    steps: int,
+) -> optax.GradientTransformation:
+    """What becomes of a gradient: clipping, weight decay of kernels, momentum, learning rate.
+
+    Of T steps the first w = ⌊warmup·T⌋ are warm-up. Step t, counted from 0, has the learning
+    rate ``peak·(t + 1)/(w + 1)`` for t < w, and ``peak·(1 + cos(π(t - w)/(T - w)))/2`` from there.
+
+    Args:
+        optimizer, learning_rate, weight_decay, clip_norm, warmup: See ``finetune``.
+        steps: Number of all steps.
+    """
+    warmup_steps = int(warmup * steps)
+    # From a part of the peak, not from zero: a step at a learning rate of zero would be wasted.
+    schedule = optax.warmup_cosine_decay_schedule(
+        learning_rate / (warmup_steps + 1), learning_rate, warmup_steps, steps
+    )
+    clipping = optax.identity() if clip_norm is None else optax.clip_by_global_norm(clip_norm)
+    if optimizer == "adamw":
+        descent = optax.adamw(schedule, weight_decay=weight_decay, mask=_kernels)
+    elif optimizer == "sgd":
+        descent = optax.chain(
+            optax.add_decayed_weights(weight_decay, _kernels),
+            optax.sgd(schedule, momentum=MOMENTUM, nesterov=True),
+        )
+    else:
+        raise ValueError(f"unknown optimizer {optimizer!r}; known: sgd, adamw")
+    return optax.chain(clipping, descent)
+
+
+def training_step(
+    network: nnx.Module,
+    rule: optax.GradientTransformation,
+    augmentation: Augmentation | None,
+    precision: Precision,
+) -> Step:
+    """One step as a jitted function ``(state, key, number, images, labels) -> state, measured``.
+
+    All that is random in a step is drawn from the key and the step's number alone, so that a run
+    that goes on from a checkpoint draws the same. The state's memory is reused for the next state.
+
+    Args:
+        network: What is trained; it is not changed.
+        rule: See ``gradient_rule``.
+        augmentation, precision: See ``finetune``.
+    """
+    training = nnx.clone(network)
+    training.train()
+    if precision == "bfloat16":
+        for _, node in nnx.iter_graph(training):
+            # None stands for the type of parameters and inputs. Layers cast their parameters, which
+            # stay float32 themselves; normalisations take their statistics in float32.
+            if hasattr(node, "param_dtype") and node.dtype is None:
+                node.dtype = jnp.bfloat16
+    elif precision != "float32":
+        raise ValueError(f"unknown precision {precision!r}; known: float32, bfloat16")
+    graphdef, _, random, _ = nnx.split(training, nnx.Param, nnx.RngState, ...)
+
+    @partial(jax.jit, donate_argnums=0)
+    def step(state, key, number, images, labels):
+        augmentation_key, random_key = jax.random.split(jax.random.fold_in(key, number))
+        if augmentation is not None:
+            images = augmentation(augmentation_key, images)
+
+        def loss_of(parameters):
+            drawn = _reseeded(random, random_key)
+            merged = nnx.merge(graphdef, parameters, drawn, state.rest, copy=True)
+            logits = merged(images).astype(jnp.float32)
+            losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+            *_, rest = nnx.split(merged, nnx.Param, nnx.RngState, ...)
+            return losses.mean(), (rest, (logits.argmax(-1) == labels).sum())
+
+        (loss, (rest, correct)), gradient = jax.value_and_grad(loss_of, has_aux=True)(
+            state.parameters
+        )
+        updates, optimizer = rule.update(gradient, state.optimizer, state.parameters)
+        parameters: Any = optax.apply_updates(state.parameters, updates)
+        measured = Measured(loss, correct, optax.tree.norm(gradient))
+        return TrainingState(parameters, rest, optimizer), measured
+
+    return step
+
+
+def check_settings(
+    epochs: int,
+    learning_rate: float,
+    batch_size: int,
+    weight_decay: float,
+    clip_norm: float | None,
+    warmup: float,
+) -> None:
+    """Raises ValueError where one of these settings of ``finetune`` is out of its range."""
+    if epochs < 1 or batch_size < 1:
+        raise ValueError(f"epochs and batch_size are 1 or more, found {epochs} and {batch_size}")
+    if not 0 < learning_rate < math.inf:
+        raise ValueError(f"learning_rate is a number above 0, found {learning_rate}")
+    if not 0 <= weight_decay < math.inf:
+        raise ValueError(f"weight_decay is a number from 0, found {weight_decay}")
+    if clip_norm is not None and not clip_norm > 0:
+        raise ValueError(f"clip_norm is above 0, or None, found {clip_norm}")
+    if not 0 <= warmup < 1:
+        raise ValueError(f"warmup is a share from 0 to below 1, found {warmup}")
+
+
+def _reseeded(random: nnx.State, key: jax.Array) -> nnx.State:
+    """The states of random generators as they would be after seeding with ``key``."""
+    leaves, structure = jax.tree.flatten(random)
+    fresh = [
+        jax.random.split(jax.random.fold_in(key, index), leaf.shape)
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+        else jnp.zeros_like(leaf)
+        for index, leaf in enumerate(leaves)
+    ]
+    return jax.tree.unflatten(structure, fresh)
+
+
+def _kernels(parameters: Any) -> Any:
+    """Which parameters decay: kernels; biases, scales and whatever else do not."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: any(getattr(part, "key", None) == "kernel" for part in path), parameters
+    )
+
+
+def _batches(
+    images: PixelSource, classes: int, batch_size: int, seed: int, steps: range
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """The preprocessed images and the labels of each of these steps.
+
+    Raises:
+        ValueError: If an image cannot be read, has no label, or one beyond the network's classes.
+    """
+    steps_per_epoch = len(images) // batch_size
+    order = np.empty(0, int)
+    for step in steps:
+        epoch, place = divmod(step, steps_per_epoch)
+        if place == 0 or not order.size:
+            order = np.random.default_rng((seed, epoch)).permutation(len(images))
+        numbers = order[place * batch_size : (place + 1) * batch_size]
+        pixels, labels = images.take(numbers)
+        if labels is None:
+            raise ValueError("fine-tuning needs labels, but the images have none")
+        if (wrong := (labels < 0) | (labels >= classes)).any():
+            raise ValueError(
+                f"label {labels[wrong][0]} of image {numbers[wrong][0]} is none of the network's"
+                f" {classes} classes"
+            )
+        yield preprocess(pixels, images.preprocessing), labels
+
+
+def _classes(network: nnx.Module, images: PixelSource, evaluation: LabelledSource | None) -> int:
+    forward, state = forward_function(network)
+    name = type(network).__name__
+    batch = jax.ShapeDtypeStruct((1, *images.image_shape), jnp.float32)
+    shape = output_shape(forward, state, batch, name)
+    if evaluation is not None:
+        output_classes(shape, name, evaluation)
+    return output_classes(shape, name, images)
+
+
+def _check_parameters(parameters: nnx.State) -> None:
+    for path, variable in nnx.to_flat_state(parameters):
+        if variable.dtype not in (jnp.float32, jnp.float64):
+            # Steps far smaller than a parameter would be lost in rounding.
+            raise ValueError(
+                f"{path_name(path)}: fine-tuning needs parameters in float32, found"
+                f" {variable.dtype}"
+            )
+        if not jnp.isfinite(variable[...]).all():
+            raise ValueError(f"{path_name(path)}: the parameter holds NaN or Inf")
+
+
+def _augmentation_name(augmentation: Augmentation | None) -> str | None:
+    if augmentation is None:
+        return None
+    if dataclasses.is_dataclass(augmentation):
+        return repr(augmentation)
+    return getattr(augmentation, "__qualname__", type(augmentation).__qualname__)
+
+
+def _traits_of_images(images: PixelSource) -> dict[str, Any]:
+    """What tells images from others; of the pixels and labels a sample, so that it is quick."""
+    count = min(len(images), SAMPLED_IMAGES)
+    pixels, labels = images.take(np.linspace(0, len(images) - 1, count).astype(int))
+    digest = hashlib.sha256(np.ascontiguousarray(pixels).data)
+    digest.update(repr(None if labels is None else labels.tolist()).encode())
+    return {
+        "count": len(images),
+        "shape": images.image_shape,
+        "preprocessing": images.preprocessing,
+        "digest": digest.hexdigest(),
+    }
+
+
+def _traits_of_network(network: nnx.Module) -> dict[str, Any]:
+    """What tells a network from others: its arrays, by shape and type and all their values."""
+    arrays, digest = {}, hashlib.sha256()
+    for path, variable in nnx.to_flat_state(nnx.state(network, nnx.Not(nnx.RngState))):
+        arrays[path_name(path)] = f"{variable.dtype}{list(variable.shape)}"
+        digest.update(np.asarray(variable[...]).tobytes())
+    return {"type": type(network).__name__, "arrays": arrays, "weights": digest.hexdigest()}

@@ -1,0 +1,222 @@
+"""Fine-tuning experiments: from a model folder and labelled images to a new folder of results.
+
+The counterpart of ``accel.experiment`` for ``accel.finetune``: a frozen dataclass that a file in
+``configs/`` defines, and ``run_finetuning``, which carries it out.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from flax import nnx
+
+from accel.checkpoint import load_model, save_model, saved_plan, saved_spec
+from accel.data import FlipAndShift, PixelSource
+from accel.evaluation import accuracy
+from accel.experiment import Images, begin_folder
+from accel.finetune import Epoch, Optimizer, Precision, check_settings, finetune
+from accel.progress import Progress
+from accel.reinitialize import reinitialized
+from accel.report.environment import device_name, versions
+
+
+@dataclasses.dataclass(frozen=True)
+class Finetuning:
+    """How to fine-tune the network of a model folder, whichever it is.
+
+    Attributes:
+        images: Labelled images to train on.
+        held_back: Labelled images to measure accuracy on after every epoch, or None. Choices of
+            epochs or learning rate are made by these.
+        evaluation: Labelled images to measure accuracy on before and after, such as the test set;
+            nothing is chosen by them.
+        epochs: See ``accel.finetune``, as for all fields up to ``checkpoint_seconds``.
+        learning_rate: The highest.
+        batch_size: Images per step.
+        optimizer: ``sgd`` or ``adamw``.
+        weight_decay: Of kernels only.
+        clip_norm: Largest norm of a gradient; None for no clipping.
+        warmup: The share of steps in which the learning rate rises.
+        flip: Whether half of the images are mirrored in training.
+        shift: By how many pixels images are shifted in training at most.
+        precision: ``float32`` or ``bfloat16``; None for what the device is made for.
+        seed: Seed of all that is drawn.
+        checkpoint_seconds: Time between checkpoints within an epoch.
+        from_scratch: Whether to forget all weights first: the paper's control, the accelerated
+            architecture trained without what the original network had learned.
+        image_limit: How many images to use of each kind at most; None for all.
+    """
+
+    images: Images
+    held_back: Images | None
+    evaluation: Images
+    epochs: int = 5
+    learning_rate: float = 1e-5
+    batch_size: int = 128
+    optimizer: Optimizer = "sgd"
+    weight_decay: float = 5e-4
+    clip_norm: float | None = 1.0
+    warmup: float = 0.05
+    flip: bool = True
+    shift: int = 0
+    precision: Precision | None = None
+    seed: int = 0
+    checkpoint_seconds: float = 300.0
+    from_scratch: bool = False
+    image_limit: int | None = None
+
+    def smoke(self) -> Finetuning:
+        """The same, cut down to well under a minute: its figures mean nothing."""
+        return dataclasses.replace(self, image_limit=64, epochs=1, batch_size=16)
+
+    def limited(self, images: Images) -> PixelSource:
+        """The images, no more than ``image_limit``."""
+        source = images.open()
+        return source if self.image_limit is None else source.first(self.image_limit)
+
+
+@dataclasses.dataclass(frozen=True)
+class FinetuningReport:
+    """What fine-tuning did and what it gave; see ``to_json`` for the file.
+
+    Attributes:
+        model: Name of the network.
+        source: Name of the folder that it was taken from.
+        device: Where it ran.
+        versions: Versions of the packages that matter.
+        settings: How it was asked for.
+        history: Each epoch, in order.
+        metrics: By name: the figure on the evaluation images before and after.
+        seconds: Time spent by stage; of training in all, also where it was stopped in between.
+    """
+
+    model: str
+    source: str
+    device: str
+    versions: Mapping[str, str]
+    settings: Mapping[str, Any]
+    history: tuple[Epoch, ...]
+    metrics: Mapping[str, Mapping[str, float]]
+    seconds: Mapping[str, float]
+
+    def to_json(self) -> str:
+        """The text of ``report.json``; of paths, which tell of one machine, only the names."""
+        content = dataclasses.asdict(self)
+        return json.dumps(content, indent=2, allow_nan=False, default=_name) + "\n"
+
+    def text(self) -> str:
+        """The report for a reader at a console."""
+        return "\n".join(
+            [
+                f"{self.model} from {self.source}, fine-tuned on {self.device}",
+                *(f"epoch {i}: {epoch.text()}" for i, epoch in enumerate(self.history, start=1)),
+                *(
+                    f"{name}: before {metric['before']:.4f}, after {metric['after']:.4f}"
+                    for name, metric in self.metrics.items()
+                ),
+                "time: " + ", ".join(f"{name} {s:.1f} s" for name, s in self.seconds.items()),
+            ]
+        )
+
+
+def run_finetuning(
+    finetuning: Finetuning, folder: Path, out: Path, progress: Progress
+) -> FinetuningReport:
+    """Carries out fine-tuning and writes its folder: ``report.json``, ``model/``, ``log.txt``.
+
+    Everything is written to ``OUT.partial``, which is renamed when it is complete. Where that
+    folder is left of the same fine-tuning, stopped before it was done, training goes on from its
+    last checkpoint, to the same result.
+
+    Args:
+        finetuning: What to do.
+        folder: What ``accel run`` or ``accel convert`` wrote.
+        out: The folder to write; must not exist yet.
+        progress: Receives what the run is doing.
+
+    Raises:
+        FileExistsError: If ``out`` exists, or ``OUT.partial`` is of another fine-tuning.
+        ValueError: If network, images and settings do not fit together.
+        FloatingPointError: If training diverges.
+    """
+    start = time.perf_counter()
+    if out.exists():
+        raise FileExistsError(f"{out} exists already; nothing is overwritten")
+    check_settings(
+        finetuning.epochs,
+        finetuning.learning_rate,
+        finetuning.batch_size,
+        finetuning.weight_decay,
+        finetuning.clip_norm,
+        finetuning.warmup,
+    )
+    model_folder = folder / "model" if (folder / "model").is_dir() else folder
+    model, spec, plan = load_model(model_folder), saved_spec(model_folder), saved_plan(model_folder)
+    images = finetuning.limited(finetuning.images)
+    held_back = finetuning.held_back and finetuning.limited(finetuning.held_back)
+    evaluation = finetuning.limited(finetuning.evaluation)
+    augmentation = FlipAndShift(finetuning.flip, finetuning.shift)
+    asked = dataclasses.asdict(finetuning)
+    record = json.dumps({"model": str(folder), **asked}, indent=2, default=str) + "\n"
+    partial = begin_folder(record, out)
+    progress.say(f"writing to {out}; if stopped, it goes on when called again with --out {out}")
+    before = _accuracy(model, evaluation)
+    trained_from = time.perf_counter()
+    result = finetune(
+        reinitialized(model, finetuning.seed) if finetuning.from_scratch else model,
+        images,
+        evaluation=held_back,
+        epochs=finetuning.epochs,
+        learning_rate=finetuning.learning_rate,
+        batch_size=finetuning.batch_size,
+        optimizer=finetuning.optimizer,
+        weight_decay=finetuning.weight_decay,
+        clip_norm=finetuning.clip_norm,
+        warmup=finetuning.warmup,
+        augmentation=augmentation,
+        precision=finetuning.precision,
+        seed=finetuning.seed,
+        resume=partial / "training",
+        checkpoint_seconds=finetuning.checkpoint_seconds,
+        progress=progress,
+    )
+    trained = time.perf_counter()
+    progress.say("evaluating")
+    after = _accuracy(result.model, evaluation)
+    end = time.perf_counter()
+    report = FinetuningReport(
+        model=type(model).__name__ if spec is None else spec.name,
+        source=folder.name,
+        device=device_name(),
+        versions=versions(),
+        settings=asked,
+        history=result.history,
+        metrics={name: {"before": before[name], "after": after[name]} for name in before},
+        seconds={
+            "train": sum(epoch.seconds for epoch in result.history),
+            "evaluate": trained_from - start + end - trained,
+            "total": end - start,
+        },
+    )
+    shutil.rmtree(partial / "model", ignore_errors=True)
+    save_model(partial / "model", result.model, spec, plan)
+    (partial / "report.json").write_text(report.to_json())
+    (partial / "log.txt").write_text(report.text() + "\n")
+    shutil.rmtree(partial / "training", ignore_errors=True)
+    partial.rename(out)
+    return report
+
+
+def _accuracy(model: nnx.Module, images: PixelSource) -> dict[str, float]:
+    top = (1, 5) if (images.class_count or 0) >= 10 else (1,)
+    return accuracy(model, images, top=top)
+
+
+def _name(value: object) -> str:
+    return value.name if isinstance(value, Path) else str(value)
