@@ -27,6 +27,7 @@ from accel.calibration import (
     ArraySource,
     ImageSource,
     OriginalRun,
+    fitting_images,
     sample_positions,
 )
 from accel.cost import count_conv_macs
@@ -49,7 +50,6 @@ from accel.rewrite import FactorizedConv, rewrite
 from accel.solution import Solution, load_solution, save_solution
 from accel.solvers import SOLVERS, Responses, Solver, objective, response_spectrum
 
-HELD_OUT_FRACTION = 0.1
 GIBIBYTE = 2**30
 
 
@@ -256,10 +256,7 @@ def calibrate(
         )
     apply_rules(_widths(calls), rules or {})
 
-    position_key, image_key = jax.random.split(jax.random.key(seed))
-    order = np.asarray(jax.random.permutation(image_key, len(source)))
-    fitting = np.ones(len(source), bool)
-    fitting[order[: max(1, round(HELD_OUT_FRACTION * len(source)))]] = False
+    position_key, _ = jax.random.split(jax.random.key(seed))
     positions = {
         call.path: sample_positions(
             position_key, call, len(source), batch_size, positions_per_image
@@ -283,7 +280,7 @@ def calibrate(
         decomposition=chain,
         source=source,
         batch_size=batch_size,
-        fitting=fitting,
+        fitting=fitting_images(len(source), seed),
         positions=positions,
         targets=targets,
         macs=count_conv_macs(folded, batch),

@@ -21,11 +21,12 @@ import jax.extend.core as jex
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from accel.program import LayerCall, Program, specification
 
 HIGHEST = jax.lax.Precision.HIGHEST
+HELD_OUT_FRACTION = 0.1
 
 
 class ImageSource(Protocol):
@@ -72,6 +73,15 @@ def full_batches(source: ImageSource, batch_size: int) -> Iterator[np.ndarray]:
         yield batch
     if first != len(source):
         raise ValueError(f"the image source has length {len(source)} but gave {first} images")
+
+
+def fitting_images(images: int, seed: int) -> Bool[np.ndarray, " images"]:
+    """Which images are used for fitting: all but a tenth, one at least, drawn by the seed."""
+    _, key = jax.random.split(jax.random.key(seed))  # The other key draws positions.
+    order = np.asarray(jax.random.permutation(key, images))
+    fitting = np.ones(images, bool)
+    fitting[order[: max(1, round(HELD_OUT_FRACTION * images))]] = False
+    return fitting
 
 
 def outputs_per_image(call: LayerCall, batch_size: int) -> int:
