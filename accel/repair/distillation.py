@@ -381,9 +381,10 @@ class _State(NamedTuple):
 
 
 def _optimizer(settings: Distillation, steps: int) -> optax.GradientTransformation:
-    schedule = optax.warmup_cosine_decay_schedule(
-        0.0, settings.learning_rate, max(1, round(WARM_UP * steps)), max(2, steps)
-    )
+    rise = max(1, round(WARM_UP * steps))
+    highest = settings.learning_rate
+    # From a step above 0: none is spent on nothing.
+    schedule = optax.warmup_cosine_decay_schedule(highest / rise, highest, rise, max(2, steps))
     return optax.chain(
         optax.scale_by_adam(),
         # Adam forgets the size of gradients, so that its steps are what is clipped: after a batch
