@@ -266,16 +266,19 @@ class _Network:
 
     Attributes:
         program: The network, traced.
+        output_shape: Shape of its outputs for a batch.
         trained: Its floating-point ``nnx.Param``, in the order of the program's parameters.
     """
 
     def __init__(self, model: nnx.Module, images: jax.ShapeDtypeStruct):
         self.program = trace(model, images, LAYERS)
-        if len(self.program.jaxpr.outvars) != 1:
+        outputs = self.program.jaxpr.outvars
+        if len(outputs) != 1 or not isinstance(outputs[0], jex.Var):
             raise ValueError(
-                f"{type(model).__name__}: expected one array of outputs, found"
-                f" {len(self.program.jaxpr.outvars)}"
+                f"{type(model).__name__}: expected one array of outputs that hangs on the images,"
+                f" found {outputs}"
             )
+        self.output_shape = specification(outputs[0]).shape
         self.graphdef, state = nnx.split(model)
         trainable = jax.tree.map(
             lambda variable: (
@@ -315,9 +318,15 @@ class _Task:
 
     def __init__(self, teacher: _Network, student: _Network, settings: Distillation, images: int):
         self.teacher, self.student = teacher, student
+        batch_size = specification(teacher.program.images).shape[0]
+        shapes = [network.output_shape for network in (teacher, student)]
+        if shapes[0] != shapes[1] or shapes[0][:1] != (batch_size,):
+            raise ValueError(
+                f"expected outputs of one shape with a row for each of {batch_size} images, found"
+                f" {shapes[0]} of the original network and {shapes[1]} of the accelerated one"
+            )
         paths = _features(teacher.program, student.program, settings.features)
         self.compared = (*paths, OUTPUTS)
-        batch_size = specification(teacher.program.images).shape[0]
         self.steps = images // batch_size
         self.optimizer = _optimizer(settings, self.steps * settings.epochs)
         teach, learn = _answers(teacher.program, paths), _answers(student.program, paths)
