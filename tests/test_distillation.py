@@ -193,6 +193,11 @@ def test_outputs_alone_can_be_compared_and_it_can_be_said_what_is_held_out(pairs
             distill(original, accelerated, IMAGES, fitting=wrong)
 
 
+def test_networks_with_different_outputs_are_refused(pairs):
+    with pytest.raises(ValueError, match=r"expected outputs of one shape .* found \(50, 5\)"):
+        distill(pairs["residual"][0], pairs["chain"][1], IMAGES)
+
+
 def test_what_is_not_finite_is_named(pairs):
     original, accelerated = pairs["residual"]
     for index, name in enumerate(("original", "accelerated")):

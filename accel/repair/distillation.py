@@ -53,6 +53,7 @@ class Distillation:
         learning_rate: The highest learning rate, as a share of the size (root mean square) of each
             parameter array: the scales of the factors of one chain are arbitrary, so that no
             absolute rate could suit them all. It rises over the first tenth and falls as a cosine.
+            While it is high the error may be above that of the start; what counts is the end.
         batch_size: Images per step.
         features: Layers by path pattern (``fnmatch``); what enters them is compared. None for what
             enters the layers at, or before, which the resolution falls to half or less: the last
@@ -63,12 +64,12 @@ class Distillation:
     """
 
     epochs: int = 20
-    learning_rate: float = 1e-3
+    learning_rate: float = 5e-3
     batch_size: int = 50
     features: Sequence[str] | None = None
     feature_weight: float = 1.0
     flip: bool = True
-    shift: float = 0.1
+    shift: float = 0.04
 
     def __post_init__(self):
         for name in ("epochs", "batch_size"):
