@@ -26,6 +26,7 @@ from accel.calibration import (
     ArraySource,
     ImageSource,
     OriginalRun,
+    fitting_images,
     image_groups,
     patch_size,
     sample_positions,
@@ -61,7 +62,6 @@ from accel.rewrite import FactorizedConv, rewrite
 from accel.solution import Solution, load_solution, save_solution
 from accel.solvers import SOLVERS, Solver, response_spectrum
 
-HELD_OUT_FRACTION = 0.1
 # Of the images that are fitted, the part that also chooses how strongly to regularise.
 TUNING_FRACTION = 0.2
 MEASURED_ERROR = "measured_error"
@@ -299,9 +299,10 @@ def calibrate(
     apply_rules(_widths(calls), rules or {})
 
     position_key, image_key = jax.random.split(jax.random.key(seed))
-    groups = image_groups(source)
-    fitting = split_images(image_key, groups, HELD_OUT_FRACTION)
-    tuning = fitting & ~split_images(jax.random.fold_in(image_key, 1), groups, TUNING_FRACTION)
+    fitting = fitting_images(source, seed)
+    tuning = fitting & ~split_images(
+        jax.random.fold_in(image_key, 1), image_groups(source), TUNING_FRACTION
+    )
     positions = {
         call.path: sample_positions(
             position_key, call, len(source), batch_size, positions_per_image

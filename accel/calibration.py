@@ -25,6 +25,8 @@ from jaxtyping import Array, Bool, Float, Int, Integer
 
 from accel.program import LayerCall, Program, specification
 
+HELD_OUT_FRACTION = 0.1
+
 
 class ImageSource(Protocol):
     """Images that can be gone through more than once, always in the same order.
@@ -117,6 +119,12 @@ def split_images(
     order = np.asarray(jax.random.permutation(key, len(names)))
     drawn = order[: max(1, round(held_out * len(names)))]
     return ~np.isin(members, drawn)
+
+
+def fitting_images(source: ImageSource, seed: int) -> Bool[np.ndarray, " images"]:
+    """Which images of a source are used for fitting: all but a tenth, drawn by the seed."""
+    _, key = jax.random.split(jax.random.key(seed))  # The other key draws positions.
+    return split_images(key, image_groups(source), HELD_OUT_FRACTION)
 
 
 def outputs_per_image(call: LayerCall, batch_size: int) -> int:
