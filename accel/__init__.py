@@ -9,6 +9,7 @@ from accel.accelerate import (
     Result,
     accelerate,
     calibrate,
+    measure_errors,
     reconstruct,
     select_ranks,
 )
@@ -20,6 +21,7 @@ from accel.models import ModelSpec
 from accel.plan import AccelerationPlan, LayerPlan
 from accel.progress import ConsoleProgress, Progress
 from accel.reinitialize import reinitialized
+from accel.repair import Distillation, distill
 from accel.report.report import LayerReport, Report
 
 __all__ = [
@@ -27,6 +29,7 @@ __all__ = [
     "ArraySource",
     "Calibration",
     "ConsoleProgress",
+    "Distillation",
     "FinetuneResult",
     "ImageSource",
     "LayerPlan",
@@ -39,8 +42,10 @@ __all__ = [
     "calibrate",
     "count_conv_macs",
     "count_macs",
+    "distill",
     "finetune",
     "load_model",
+    "measure_errors",
     "reconstruct",
     "reinitialized",
     "save_model",

@@ -772,5 +772,5 @@ def _solving_bytes(call: LayerCall, rows: int) -> int:
         # A solver: inputs and targets in float32, and about ten float64 arrays of that size.
         + rows * width * (2 * 4 + 10 * 8)
         # Second moments of patches and of features, the metric, what is made of them on the way.
-        + 10 * 8 * patch**2
+        + 20 * 8 * patch**2
     )

@@ -18,9 +18,6 @@ class Progress:
     def begin(self, description: str, total: int) -> None:
         """A piece of work of ``total`` units begins."""
 
-    def describe(self, description: str) -> None:
-        """The work that was begun last is better described like this now."""
-
     def advance(self, amount: int) -> None:
         """``amount`` units of the work that was begun last are done."""
 
@@ -58,10 +55,6 @@ class ConsoleProgress(Progress):
 
     def begin(self, description: str, total: int) -> None:
         self.task = self.bars.add_task(description, total=total)
-
-    def describe(self, description: str) -> None:
-        if self.task is not None:
-            self.bars.update(self.task, description=description)
 
     def advance(self, amount: int) -> None:
         if self.task is not None:

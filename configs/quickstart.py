@@ -17,4 +17,5 @@ config = Experiment(
     rules={"conv1_1": "dense"},
     batch_size=100,
     latency_batches=(1, 100),
+    latency_seconds=10.0,
 )

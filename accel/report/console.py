@@ -13,13 +13,15 @@ def summary(report: Report) -> RenderableType:
     """What became of each layer, and what it gave: cost, measured time, metrics."""
     table = Table(title=f"{report.model}: {report.macs['speedup']:.2f}× fewer MACs", expand=False)
     table.add_column("layer")
+    table.add_column("chain")
     table.add_column("ranks")
     for column in ("MMACs before", "after", "response error"):
         table.add_column(column, justify="right")
     for layer in report.layers:
         table.add_row(
             layer.path,
-            ", ".join(map(str, layer.ranks)) or f"dense ({layer.reason})",
+            layer.decomposition or f"dense ({layer.reason})",
+            ", ".join(map(str, layer.ranks)),
             f"{layer.macs_original / 1e6:,.1f}",
             f"{layer.macs_accelerated / 1e6:,.1f}",
             "" if layer.response_error is None else f"{layer.response_error:.4f}",
@@ -27,6 +29,7 @@ def summary(report: Report) -> RenderableType:
     table.add_section()
     table.add_row(
         "all",
+        "",
         "",
         f"{report.macs['original'] / 1e6:,.1f}",
         f"{report.macs['accelerated'] / 1e6:,.1f}",
@@ -41,6 +44,11 @@ def summary(report: Report) -> RenderableType:
         *(
             f"{name}: " + ", ".join(f"{which} {value:.4f}" for which, value in metric.items())
             for name, metric in report.metrics.items()
+        ),
+        *(
+            f"{name}: held-out error of the outputs {gain['error_before']:.4f} →"
+            f" {gain['error_after']:.4f}"
+            for name, gain in report.repair.items()
         ),
         "time: " + ", ".join(f"{name} {value:.1f} s" for name, value in report.seconds.items()),
         f"host memory: {report.memory['measured_peak_bytes'] / 2**30:.2f} GiB at its peak,"

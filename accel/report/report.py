@@ -50,6 +50,9 @@ class Report:
         layers: Every convolution, in order of execution.
         seconds: Time spent by stage.
         memory: Stated and measured peak of host memory in bytes.
+        repair: What was done to the network as a whole afterwards, and what it gained, by name: for
+            ``distillation`` the relative squared error of the outputs on held-out calibration
+            images before and after.
     """
 
     model: str
@@ -62,6 +65,7 @@ class Report:
     memory: Mapping[str, int]
     latency: Mapping[str, Mapping[str, float]] = dataclasses.field(default_factory=dict)
     metrics: Mapping[str, Mapping[str, float]] = dataclasses.field(default_factory=dict)
+    repair: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def to_json(self) -> str:
         """The text of ``report.json``."""
