@@ -193,11 +193,13 @@ def accelerate(
         progress=progress,
     )
     curves = None
+    start = time.perf_counter()
     if rank_selection == MEASURED_ERROR:
         curves = measure_errors(calibration, progress=progress)
     plan = select_ranks(
         calibration, speedup, rank_selection=rank_selection, rules=rules, curves=curves
     )
+    selected = time.perf_counter() - start
     result = reconstruct(
         calibration,
         plan,
@@ -214,7 +216,11 @@ def accelerate(
         "positions_per_image": positions_per_image,
         "seed": seed,
     }
-    report = dataclasses.replace(result.report, settings={**settings, **result.report.settings})
+    seconds = {**result.report.seconds, "select": selected}
+    seconds["total"] += selected
+    report = dataclasses.replace(
+        result.report, settings={**settings, **result.report.settings}, seconds=seconds
+    )
     return dataclasses.replace(result, report=report)
 
 

@@ -1,0 +1,134 @@
+"""Kind and rank of every layer by measured errors, against enumeration, and the curves."""
+
+from __future__ import annotations
+
+import itertools
+
+import jax.numpy as jnp
+import networks
+import numpy as np
+import pytest
+from flax import nnx
+
+import accel
+from accel.accelerate import calibrate, measure_errors, select_ranks
+from accel.decompositions import DECOMPOSITIONS
+from accel.rank_selection import Candidate, LayerErrors, measured_error
+
+IMAGES = networks.images(40)
+KINDS = ("channel", "spatial")
+
+
+def layers_of(seed: int) -> list[LayerErrors]:
+    random = np.random.default_rng(seed)
+    return [
+        LayerErrors(
+            path=f"layer{index}",
+            candidates=tuple(Candidate("channel", (rank,)) for rank in range(1, 6)),
+            macs=random.integers(1, 40, 5),
+            errors=random.random(5) ** 3,
+            dense_macs=int(random.integers(20, 40)),
+        )
+        for index in range(4)
+    ]
+
+
+def cost_and_loss(layers, chosen) -> tuple[int, float]:
+    cost, loss = 0, 0.0
+    for layer in layers:
+        candidate = chosen[layer.path]
+        index = None if candidate is None else layer.candidates.index(candidate)
+        cost += layer.dense_macs if index is None else int(layer.macs[index])
+        loss += 0.0 if index is None else float(layer.errors[index])
+    return cost, loss
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_selection_is_the_best_of_all(seed):
+    layers = layers_of(seed)
+    other, dense = 7, sum(layer.dense_macs for layer in layers)
+    cheapest = sum(min(layer.macs.min(), layer.dense_macs) for layer in layers)
+    for budget in np.linspace(other + cheapest, other + dense, 5).astype(int).tolist():
+        chosen = measured_error(layers, other, budget)
+        cost, loss = cost_and_loss(layers, chosen)
+        assert other + cost <= budget
+        options = [(None, *layer.candidates) for layer in layers]
+        paths = [layer.path for layer in layers]
+        every = (
+            cost_and_loss(layers, dict(zip(paths, some, strict=True)))
+            for some in itertools.product(*options)
+        )
+        assert loss == pytest.approx(min(le for c, le in every if other + c <= budget), abs=1e-12)
+
+
+def test_rules_fix_ranks_and_a_budget_out_of_reach_is_named():
+    first, second, *_ = layers_of(0)
+    rank = next(
+        c.ranks[0]
+        for c, m in zip(first.candidates, first.macs, strict=True)
+        if m < first.dense_macs
+    )
+    fixed = LayerErrors(
+        first.path, first.candidates, first.macs, first.errors, first.dense_macs, fixed=rank
+    )
+    dense = LayerErrors(
+        second.path, second.candidates, second.macs, second.errors, second.dense_macs, "dense"
+    )
+    chosen = measured_error([fixed, dense], 0, 10**6)
+    assert chosen[first.path] == Candidate("channel", (rank,))
+    assert chosen[second.path] is None
+    with pytest.raises(ValueError, match=r"cannot be met: .* largest reachable speedup is"):
+        measured_error([fixed, dense], 0, 1)
+
+
+@pytest.fixture(scope="module")
+def measured():
+    calibration = calibrate(networks.network("chain"), IMAGES, decompositions=KINDS)
+    return calibration, measure_errors(calibration)
+
+
+def test_curves_fall_with_the_cost_and_hold_every_cheaper_chain(measured):
+    calibration, curves = measured
+    for call in calibration.calls:
+        curve = curves[call.path]
+        assert (curve.macs < calibration.macs[call.path]).all()
+        assert curve.weight >= 0
+        for kind in {candidate.decomposition for candidate in curve.candidates}:
+            chosen = [c.decomposition == kind for c in curve.candidates]
+            assert (np.diff(curve.macs[chosen]) > 0).all()
+            assert (np.diff(curve.errors[chosen]) <= 1e-12).all()
+            assert DECOMPOSITIONS[kind].unsuitable(call.layer) is None
+
+
+def test_an_error_of_a_curve_is_the_error_of_that_chain_in_the_network(measured):
+    """The weighted error against the network's output with this one chain in it, by hand."""
+    calibration, curves = measured
+    call = calibration.calls[1]
+    curve = curves[call.path]
+    index = int(np.argmin(np.abs(curve.macs - 0.25 * calibration.macs[call.path])))
+    candidate = curve.candidates[index]
+    decomposition = DECOMPOSITIONS[candidate.decomposition]
+    plan = accel.AccelerationPlan(
+        tuple(
+            accel.LayerPlan(c.path, *((decomposition.name, candidate.ranks) if c is call else ()))
+            for c in calibration.calls
+        ),
+        calibration.folded,
+    )
+    result = accel.reconstruct(calibration, plan, solver="reduced_rank_regression")
+    report = {layer.path: layer for layer in result.report.layers}[call.path]
+    assert report.response_error == pytest.approx(curve.errors[index], rel=0.5)
+    images = networks.images(60, seed=3)
+    model = nnx.clone(calibration.model)
+    expected = model(images)
+    seen = float(jnp.sum((result.model(images) - expected) ** 2) / jnp.sum(expected**2))
+    assert seen == pytest.approx(curve.weight * curve.errors[index], rel=0.6)
+
+
+def test_a_plan_by_measured_errors_fits_the_budget_and_rules(measured):
+    calibration, curves = measured
+    for speedup in (1.5, 2.0, 3.0):
+        plan = select_ranks(calibration, speedup, curves=curves, rules={"even": "dense"})
+        assert {layer.path: layer.reason for layer in plan.layers}["even"] == "by rule"
+        macs = accel.reconstruct(calibration, plan).report.macs
+        assert speedup <= macs["speedup"] < 1.25 * speedup
