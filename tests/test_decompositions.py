@@ -253,6 +253,15 @@ def test_fewer_rows_lead_to_a_stronger_prior():
     assert ridges[0] > ridges[1]
 
 
+def test_without_rows_to_set_aside_the_prior_is_strong():
+    given = problem("channel", (3,), rows=40)
+    for tuning in (np.zeros(40, bool), np.ones(40, bool)):
+        with jax.enable_x64(True):
+            fit = fit_kernel(given.patches, given.targets, given.kernel, tuning)
+        assert fit.ridge == 1.0
+        assert np.isfinite(fit.kernel).all()
+
+
 @DECOMPOSITION
 def test_what_does_not_fit_is_refused(name):
     decomposition = DECOMPOSITIONS[name]

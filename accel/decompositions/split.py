@@ -184,6 +184,8 @@ def _ordered_first(structure: Structure, metric: Metric, width: int) -> Float[Ar
 
 def _jittered(matrix: Float[Array, "n n"], relative: float) -> Float[Array, "n n"]:
     size = len(matrix)
+    # In float32 what is added has to be above the rounding of the sum.
+    relative = max(relative, 16 * float(jnp.finfo(matrix.dtype).eps))
     return matrix + relative * jnp.trace(matrix) / size * jnp.eye(size, dtype=matrix.dtype)
 
 
@@ -205,7 +207,8 @@ def _prepared(
     moments = moments.reshape(width * s, width * s)
     scale = jnp.trace(moments) / jnp.maximum(s * used.sum(), 1)
     # Unused columns get moments of their own, so that the rest keeps its Cholesky factor.
-    filler = jnp.repeat(jnp.where(used > 0, JITTER * scale, scale), s)
+    jitter = max(JITTER, 16 * float(jnp.finfo(first.dtype).eps))
+    filler = jnp.repeat(jnp.where(used > 0, jitter * scale, scale), s)
     triangle = jnp.linalg.cholesky(moments + jnp.diag(filler))
     whitened = jax.scipy.linalg.solve_triangular(triangle, cross.reshape(width * s, d), lower=True)
     energy = jnp.sum(metric.kernel * metric.times_kernel)

@@ -24,6 +24,8 @@ from accel.solvers.linear_algebra import contract
 
 # Tenfold steps: around its minimum the error on other images is flat.
 RIDGES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
+# Taken where there are too few images to set some aside for choosing.
+CAUTIOUS_RIDGE = 1.0
 # Variances below this part of the mean one count as that much: an input that never varied is left
 # alone by the prior all the same.
 LEAST_VARIANCE = 1e-6
@@ -78,8 +80,8 @@ def fit_kernel(
         patches: Finite rows.
         targets: Responses of the original network at the same positions.
         kernel: W₀.
-        tuning: The rows that choose ρ; W* is then fitted to all rows. With a single ρ it is not
-            looked at.
+        tuning: The rows that choose ρ; W* is then fitted to all rows. With a single ρ they are
+            not looked at; without any, or without others, ρ is 1.
     """
     dtype = jnp.float64 if jax.config.read("jax_enable_x64") else jnp.float32
     patch_mean = patches.mean(0, dtype=np.float64).astype(np.float32)
@@ -101,8 +103,8 @@ def fit_kernel(
         assert sums is not None
         return sums
 
-    if len(ridges) == 1:
-        all_rows, ridge = moments(None), ridges[0]
+    if len(ridges) == 1 or tuning.all() or not tuning.any():
+        all_rows, ridge = moments(None), ridges[0] if len(ridges) == 1 else CAUTIOUS_RIDGE
     else:
         fitted, others = moments(~tuning), moments(tuning)
         errors = [
