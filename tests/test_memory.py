@@ -99,12 +99,13 @@ def test_free_memory_between_what_is_in_use_is_handed_back():
     assert all(block.all() for block in kept)
 
 
-def test_reconstructing_again_and_again_takes_no_more_memory():
+@pytest.mark.parametrize("kind", ["channel", "channel_spatial"])
+def test_reconstructing_again_and_again_takes_no_more_memory(kind):
     images = np.asarray(networks.images(64, size=96))
-    calibration = calibrate(networks.network("chain"), images, batch_size=8)
+    calibration = calibrate(networks.network("chain"), images, decompositions=kind, batch_size=8)
     compiled, resident = [], []
     for speedup in (2.0, 2.0, 2.5, 3.0):
-        plan = select_ranks(calibration, speedup)
+        plan = select_ranks(calibration, speedup, rank_selection="exact_energy")
         with compilations() as seen:
             reconstruct(calibration, plan)
         compiled.append(len(seen))

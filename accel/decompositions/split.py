@@ -334,15 +334,38 @@ def split(
         The factors, with a bias of zeros, and ``tr (W - W')ᵀ G (W - W')``. In the dtype of
         ``kernel``.
     """
-    width = ranks[0] if structure.first_axes is not None else 0
+    width = _width(structure, ranks[0])
     first, middle, last, error = _split(
         structure, kernel, metric, np.asarray(ranks, np.int32), width, sweeps
     )
     # Cut on the host: jnp would compile once more for every rank.
     first, middle, last = (None if p is None else np.asarray(p) for p in (first, middle, last))
+    if first is not None:
+        first, middle = _at_rank(structure, first, middle, ranks[0])
     if last is not None:
         middle, last = middle[:, : ranks[-1]], last[: ranks[-1]]
     return Split(first, middle, last, np.zeros(structure.out_channels, middle.dtype)), float(error)
+
+
+# First factors are computed this much wider at most, so that few ranks need code of their own.
+WIDTH_STEP = 32
+
+
+def _width(structure: Structure, rank: int) -> int:
+    """The static width for a first factor of a rank."""
+    if structure.first_axes is None:
+        return 0
+    return min(structure.order.shape[1], -(-rank // WIDTH_STEP) * WIDTH_STEP)
+
+
+def _at_rank(
+    structure: Structure,
+    first: Float[np.ndarray, "u w"],
+    middle: Float[np.ndarray, "q m"],
+    rank: int,
+) -> tuple[Float[np.ndarray, "u r"], Float[np.ndarray, "q m"]]:
+    by_tap = middle.reshape(structure.middle_taps, first.shape[1], -1)[:, :rank]
+    return first[:, :rank], by_tap.reshape(structure.middle_taps * rank, -1)
 
 
 def split_first(
@@ -356,8 +379,11 @@ def split_first(
     found, _ = split(structure, kernel, ranks, metric, sweeps)
     if found.first is None:
         return found._replace(middle=np.asarray(kernel), last=None)
-    middle = _middle(structure, kernel, metric, jnp.asarray(found.first))
-    return found._replace(middle=np.asarray(middle), last=None)
+    rank = found.first.shape[1]
+    padding = _width(structure, rank) - rank
+    first = np.pad(found.first, ((0, 0), (0, padding)))
+    middle = np.asarray(_middle(structure, kernel, metric, jnp.asarray(first), np.int32(rank)))
+    return found._replace(middle=_at_rank(structure, first, middle, rank)[1], last=None)
 
 
 @partial(jax.jit, static_argnums=0)
@@ -365,14 +391,14 @@ def _middle(
     structure: Structure,
     kernel: Float[Array, "p d"],
     matrix: Float[Array, "p p"],
-    first: Float[Array, "u r"],
+    first: Float[Array, "u w"],
+    rank: Int[Array, ""],
 ) -> Float[Array, "q d"]:
     width = first.shape[1]
-    prepared = _prepared(
-        structure, _metric(structure, kernel, matrix), first, jnp.ones(width, kernel.dtype)
-    )
+    used = (jnp.arange(width) < rank).astype(kernel.dtype)
+    prepared = _prepared(structure, _metric(structure, kernel, matrix), first, used)
     whole = structure._replace(has_last=False)
-    middle, _, _ = _cut(whole, prepared, jnp.array([width]))
+    middle, _, _ = _cut(whole, prepared, rank[None])
     s = structure.middle_taps
     return middle.reshape(width, s, -1).transpose(1, 0, 2).reshape(s * width, -1)
 
