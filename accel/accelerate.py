@@ -352,6 +352,10 @@ def measure_errors(
     Measured on some of the images that are used for fitting; one set of curves serves any speedup.
     """
     chosen = np.flatnonzero(calibration.fitting)
+    if len(chosen) < 2:
+        raise ValueError(
+            f"measuring errors needs 2 images that are fitted to or more, found {len(chosen)}"
+        )
     step = max(1, len(chosen) // IMAGES)
     return measure_error_curves(
         calibration.program,

@@ -372,16 +372,21 @@ class AcceleratedRun:
         """What the network returns for its first batches with ``replacement`` in the next place.
 
         The rest of the network is the original's. All images have to stand before the convolution
-        (``patches``), with these batches in the cache.
+        (``patches``).
 
         Returns:
             For each batch the arrays that the network returns.
         """
         outvars = [v for v in self.program.jaxpr.outvars if isinstance(v, jex.Var)]
-        step = self._with(replacement, outvars)
-        return [
-            [np.asarray(output) for output in step(place.values)] for place in self.places[:batches]
-        ]
+        last = self._with(replacement, outvars)
+        images = self._images()
+        found = []
+        for place in self.places[:batches]:
+            values: Sequence[Any] = [next(images)] if place.values is None else place.values
+            for step in self.steps[place.call + 1 : self.replaced + 1]:
+                values = step(values)
+            found.append([np.asarray(output) for output in last(values)])
+        return found
 
     def _with(
         self, replacement: nnx.Module, wanted: Sequence[jex.Var]

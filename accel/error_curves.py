@@ -119,9 +119,12 @@ def measure_error_curves(
         if original is None:
             original = run.outputs(call.layer, probed)
         with arithmetic(widest_dtype()):
-            curve, module, error = _layer_curves(
-                call, decompositions, patches, measured, macs[call.path]
-            )
+            found = _layer_curves(call, decompositions, patches, measured, macs[call.path])
+        if found is None:
+            curves[call.path] = ErrorCurve((), np.zeros(0, np.int64), np.zeros(0), 0.0)
+            run.keep()
+            continue
+        curve, module, error = found
         outputs = run.outputs(module, probed)
         run.keep()
         seen = _relative_error(outputs, original)
@@ -135,8 +138,11 @@ def _layer_curves(
     patches: np.ndarray,
     measured: np.ndarray,
     dense_macs: int,
-) -> tuple[ErrorCurve, FactorizedConv, float]:
-    """The curve of a layer, still without weight, and a chain with its error for the probe."""
+) -> tuple[ErrorCurve, FactorizedConv, float] | None:
+    """The curve of a layer, still without weight, and a chain with its error for the probe.
+
+    None where no chain is cheaper than the layer.
+    """
     kernel = np.asarray(call.layer.kernel[...], np.float32)
     kernel = kernel.reshape(-1, kernel.shape[-1])
     bias = np.zeros(len(kernel.T), np.float32) if call.layer.bias is None else call.layer.bias[...]
@@ -190,7 +196,7 @@ def _layer_curves(
         if probe is None or found[near] < probe[0]:
             probe = (float(found[near]), decomposition, ranks[near])
     if probe is None:
-        raise ValueError(f"{call.path}: no decomposition of {decompositions} makes it cheaper")
+        return None
     error, decomposition, rank = probe
     ranks = decomposition.ranks(call.layer, rank)
     chain, _ = split(decomposition.structure(call.layer), kernel64, ranks, fit.metric)

@@ -132,3 +132,31 @@ def test_a_plan_by_measured_errors_fits_the_budget_and_rules(measured):
         assert {layer.path: layer.reason for layer in plan.layers}["even"] == "by rule"
         macs = accel.reconstruct(calibration, plan).report.macs
         assert speedup <= macs["speedup"] < 1.25 * speedup
+
+
+class OneChannelHead(nnx.Module):
+    """Its last layer is so small that every chain is dearer."""
+
+    def __init__(self, rngs):
+        self.body = nnx.Conv(3, 16, (3, 3), rngs=rngs)
+        self.head = nnx.Conv(16, 1, (1, 1), rngs=rngs)
+
+    def __call__(self, x):
+        return self.head(nnx.relu(self.body(x)))
+
+
+def test_a_layer_that_no_chain_makes_cheaper_stays_dense_and_no_cache_is_needed():
+    plans = [
+        accel.accelerate(
+            OneChannelHead(nnx.Rngs(0)), IMAGES, 1.3, decompositions=KINDS, cache_bytes=cache
+        ).plan
+        for cache in (0, 10**9)
+    ]
+    assert plans[0] == plans[1]
+    reasons = {layer.path: layer.reason for layer in plans[0].layers}
+    assert reasons == {"body": "", "head": "cheaper as it is"}
+
+
+def test_too_few_images_to_measure_on_are_refused():
+    with pytest.raises(ValueError, match="needs 2 images that are fitted to or more, found 1"):
+        accel.accelerate(OneChannelHead(nnx.Rngs(0)), IMAGES[:2], 1.3)

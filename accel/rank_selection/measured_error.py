@@ -68,7 +68,7 @@ def measured_error(
         cost = np.append(layer.macs, layer.dense_macs)
         loss = np.append(layer.errors, 0.0)
         # A chain that costs as much as the layer itself leaves it dense, whatever a rule says.
-        allowed = np.array([_allowed(layer, candidate) for candidate in layer.candidates])
+        allowed = np.array([_allowed(layer, candidate) for candidate in layer.candidates], bool)
         allowed &= layer.macs < layer.dense_macs
         allowed = np.append(allowed, not (isinstance(layer.fixed, int) and allowed.any()))
         chosen = np.flatnonzero(allowed)
