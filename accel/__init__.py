@@ -4,25 +4,19 @@
 ``finetune`` trains what it gave, or any other network, further on labelled images.
 """
 
-from accel.accelerate import (
-    Calibration,
-    Result,
-    accelerate,
-    calibrate,
-    measure_errors,
-    reconstruct,
-    select_ranks,
-)
-from accel.calibration import ArraySource, ImageSource
+from accel.accelerate import Result, accelerate, reconstruct
+from accel.calibration import Calibration, calibrate
 from accel.checkpoint import load_model, save_model
 from accel.cost import count_conv_macs, count_macs
 from accel.finetune import FinetuneResult, finetune
+from accel.images import ArraySource, ImageSource
 from accel.models import ModelSpec
 from accel.plan import AccelerationPlan, LayerPlan
 from accel.progress import ConsoleProgress, Progress
 from accel.reinitialize import reinitialized
 from accel.repair import Distillation, distill
 from accel.report.report import LayerReport, Report
+from accel.selection import measure_errors, select_ranks
 
 __all__ = [
     "AccelerationPlan",

@@ -1,465 +1,248 @@
-"""Calibration: the responses of every convolution at sampled positions, at the price of one pass.
+"""Calibration: what the original network answers at sampled positions, at the price of one pass.
 
-The original network runs over the calibration images once and leaves the responses of all its
-convolutions at sampled positions (``OriginalRun``). The accelerated network also runs over
-them once, but in step with its own making: ``AcceleratedRun`` stands before one convolution after
-the other with all images, hands out what that convolution would answer to the inputs it now gets,
-and steps over it once its replacement is known. What is alive between two steps is kept on the host
-up to a budget of bytes; batches beyond it are computed again from the last place where they fitted.
+The first step of ``accelerate``. Batch normalisation is folded, the network traced and its
+convolutions found in their true order of execution; how much memory the whole run takes is stated
+before the images are gone through.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
-import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Protocol
+import time
+from collections.abc import Mapping, Sequence
 
 import jax
-import jax.extend.core as jex
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int, Integer
 
-from accel.program import LayerCall, Program, specification
+from accel.batch_norm import find_foldable, fold_batch_norm
+from accel.cost import count_conv_macs
+from accel.decompositions import DECOMPOSITIONS, Decomposition
+from accel.images import (
+    ArraySource,
+    ImageSource,
+    fitting_images,
+    image_groups,
+    split_images,
+)
+from accel.memory import available_bytes, resident_bytes
+from accel.program import LayerCall, Program, specification, trace
+from accel.progress import Progress
+from accel.rank_selection import Rules, apply_rules
+from accel.runs import AcceleratedRun, OriginalRun, patch_size, sample_positions
 
-HELD_OUT_FRACTION = 0.1
-
-
-class ImageSource(Protocol):
-    """Images that can be gone through more than once, always in the same order.
-
-    A source may also have ``groups``, a number for each image, to say which of them belong together
-    (windows of one picture); see ``split_images``.
-    """
-
-    def __len__(self) -> int: ...
-
-    def batches(self, batch_size: int) -> Iterator[np.ndarray]:
-        """Batches ``[batch, height, width, channels]``; only the last may be smaller."""
-        ...
+ALL_KINDS = tuple(DECOMPOSITIONS)
+# Of the images that are fitted, the part that also chooses how strongly to regularise.
+TUNING_FRACTION = 0.2
+GIBIBYTE = 2**30
 
 
 @dataclasses.dataclass(frozen=True)
-class ArraySource:
-    """The images of an array ``[images, height, width, channels]``."""
+class Calibration:
+    """What the original network said about the calibration images.
 
-    images: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def batches(self, batch_size: int) -> Iterator[np.ndarray]:
-        for start in range(0, len(self), batch_size):
-            yield self.images[start : start + batch_size]
-
-
-def full_batches(source: ImageSource, batch_size: int) -> Iterator[np.ndarray]:
-    """The source's batches, the last one filled up with zeros so that one compilation serves all.
-
-    Raises:
-        ValueError: If an image holds NaN or Inf, or the source hands out more or fewer images than
-            its length says.
-    """
-    first = 0
-    for batch in source.batches(batch_size):
-        batch = np.asarray(batch)
-        if not np.isfinite(batch).all():
-            bad = first + int(np.flatnonzero(~np.isfinite(batch).reshape(len(batch), -1).all(1))[0])
-            raise ValueError(f"calibration image {bad} holds NaN or Inf")
-        first += len(batch)
-        if len(batch) < batch_size:
-            padding = np.zeros((batch_size - len(batch), *batch.shape[1:]), batch.dtype)
-            batch = np.concatenate([batch, padding])
-        yield batch
-    if first != len(source):
-        raise ValueError(f"the image source has length {len(source)} but gave {first} images")
-
-
-def image_groups(source: ImageSource) -> Integer[np.ndarray, " images"]:
-    """The group of each image; a source that tells of none has each image stand for itself.
-
-    Raises:
-        ValueError: If the source has groups, but not one for each image.
-    """
-    groups = getattr(source, "groups", None)
-    if groups is None:
-        return np.arange(len(source))
-    if np.shape(groups) != (len(source),):
-        raise ValueError(
-            f"the image source has {len(source)} images and groups of the shape {np.shape(groups)}"
-        )
-    return np.asarray(groups)
-
-
-def split_images(
-    key: jax.Array, groups: Integer[np.ndarray, " images"], held_out: float
-) -> Bool[np.ndarray, " images"]:
-    """Which images are fitted to; the others, at least one group, are held out to measure errors.
-
-    Groups are drawn as a whole: windows of one picture overlap, and an error measured on windows of
-    pictures that were fitted to would be too small.
-
-    Args:
-        key: Key of the draw.
-        groups: The group of each image.
-        held_out: The share of groups to hold out.
-
-    Raises:
-        ValueError: If there are fewer than two groups.
-    """
-    names, members = np.unique(groups, return_inverse=True)
-    if len(names) < 2:
-        raise ValueError(
-            f"calibration needs images of 2 pictures or more, so that one of them can be held out,"
-            f" found {len(groups)} of {len(names)}"
-        )
-    order = np.asarray(jax.random.permutation(key, len(names)))
-    drawn = order[: max(1, round(held_out * len(names)))]
-    return ~np.isin(members, drawn)
-
-
-def fitting_images(source: ImageSource, seed: int) -> Bool[np.ndarray, " images"]:
-    """Which images of a source are used for fitting: all but a tenth, drawn by the seed."""
-    _, key = jax.random.split(jax.random.key(seed))  # The other key draws positions.
-    return split_images(key, image_groups(source), HELD_OUT_FRACTION)
-
-
-def outputs_per_image(call: LayerCall, batch_size: int) -> int:
-    """Number of output positions of a convolution for one image."""
-    positions = math.prod(specification(call.output).shape[:-1])
-    if positions % batch_size:
-        raise ValueError(
-            f"{call.path}: {positions} output positions cannot be shared out among {batch_size}"
-            " images; is the first axis of the images the batch?"
-        )
-    return positions // batch_size
-
-
-def patch_size(call: LayerCall) -> int:
-    """Number of input values that one output position of a convolution is computed from."""
-    return math.prod(call.layer.kernel.shape[:-1])
-
-
-def sample_positions(
-    key: jax.Array, call: LayerCall, images: int, batch_size: int, per_image: int
-) -> Int[np.ndarray, "images positions"]:
-    """Output positions (flat indices) at which a layer is looked at, drawn for each image.
-
-    Every position is equally likely. They are spread: the positions of an image are drawn one from
-    each of ``per_image`` equal stretches of the map. A map with fewer positions is taken whole.
-    """
-    available = outputs_per_image(call, batch_size)
-    count = min(per_image, available)
-    layer_key = jax.random.fold_in(key, zlib.crc32(call.path.encode()) & 0x7FFFFFFF)
-    offset = np.asarray(jax.random.uniform(layer_key, (images, count)), np.float64)
-    positions = ((np.arange(count) + offset) * (available / count)).astype(np.int32)
-    return np.minimum(positions, available - 1)
-
-
-class OriginalRun:
-    """The original network's only pass over the calibration images.
-
-    Args:
-        program: The original network.
-        calls: The convolutions to look at, in order of execution; the pass ends at the last.
-        source: Calibration images.
+    Attributes:
+        model: The network with batch normalisation folded, in evaluation mode.
+        folded: The batch normalisations that were folded, with the convolutions that took them in.
+        program: The same network, traced.
+        calls: The convolutions that can be replaced, in order of execution.
+        left_out: The other convolutions, and why each stays as it is.
+        decompositions: The kinds of chain to choose from.
+        source: The calibration images.
         batch_size: The batch size that the program was traced for.
-        positions: Where each convolution is looked at, by path.
+        seed: Seed of all that is drawn.
+        fitting: Which images are used for fitting; the others measure the error.
+        tuning: Which of the fitting images choose how strongly to regularise.
+        positions: Where each convolution was looked at, by path.
+        targets: The responses there, ``[images, positions, d]`` float32, by path.
+        macs: Multiply-accumulates per image of every convolution of the network, by path or, where
+            it is no module of its own, by place in the program.
+        seconds: Time that calibrating took, compilation included.
+        stated_peak_bytes: Bound on the host memory of the whole run, stated before it began.
+        cache_bytes: How much of it may hold the accelerated network's activations.
     """
 
-    def __init__(
-        self,
-        program: Program,
-        calls: Sequence[LayerCall],
-        source: ImageSource,
-        batch_size: int,
-        positions: Mapping[str, Int[np.ndarray, "images positions"]],
-    ):
-        self.calls = calls
-        self.source = source
-        self.batch_size = batch_size
-        self.positions = positions
-        run, self.parameters = program.segment([program.images], [call.output for call in calls])
-
-        def sampled(parameters, images, positions):
-            responses = run(parameters, [images])
-            return [
-                jnp.take_along_axis(
-                    response.reshape(batch_size, -1, response.shape[-1]), p[:, :, None], axis=1
-                )
-                for response, p in zip(responses, positions, strict=True)
-            ]
-
-        images = specification(program.images)
-        at = [
-            jax.ShapeDtypeStruct((batch_size, positions[call.path].shape[1]), jnp.int32)
-            for call in calls
-        ]
-        self.compiled = jax.jit(sampled).lower(self.parameters, images, at).compile()
+    model: nnx.Module
+    folded: Mapping[str, str]
+    program: Program
+    calls: tuple[LayerCall, ...]
+    left_out: Mapping[str, str]
+    decompositions: tuple[Decomposition, ...]
+    source: ImageSource
+    batch_size: int
+    seed: int
+    fitting: np.ndarray
+    tuning: np.ndarray
+    positions: Mapping[str, np.ndarray]
+    targets: Mapping[str, np.ndarray]
+    macs: Mapping[str, int]
+    seconds: float
+    stated_peak_bytes: int
+    cache_bytes: int
 
     @property
-    def working_bytes(self) -> int:
-        """What the compiled pass needs for one batch, its results included (0 if not known)."""
-        analysis = self.compiled.memory_analysis()
-        if analysis is None:
-            return 0
-        return analysis.temp_size_in_bytes + analysis.output_size_in_bytes
-
-    @property
-    def response_bytes(self) -> int:
-        """Size of all that ``responses`` returns."""
-        widths = {call.path: specification(call.output).shape[-1] for call in self.calls}
-        return sum(4 * p.size * widths[path] for path, p in self.positions.items())
-
-    def responses(
-        self, progress: Callable[[int], None] = lambda images: None
-    ) -> dict[str, Float[np.ndarray, "images positions d"]]:
-        """The responses (before the activation) at the sampled positions, by path.
-
-        Raises:
-            ValueError: If a response is NaN or Inf; the message holds the path of the first layer
-                that has one.
-        """
-        images = len(self.source)
-        rows = {
-            call.path: np.empty(
-                (*self.positions[call.path].shape, specification(call.output).shape[-1]), np.float32
-            )
-            for call in self.calls
-        }
-        for index, batch in enumerate(full_batches(self.source, self.batch_size)):
-            first, last = index * self.batch_size, min((index + 1) * self.batch_size, images)
-            at = [
-                _padded_slice(self.positions[call.path], first, self.batch_size)
-                for call in self.calls
-            ]
-            responses = jax.device_get(self.compiled(self.parameters, batch, at))
-            for call, response in zip(self.calls, responses, strict=True):
-                if not np.isfinite(response[: last - first]).all():
-                    raise ValueError(
-                        f"{call.path}: the original network's responses hold NaN or Inf"
-                    )
-                rows[call.path][first:last] = response[: last - first]
-            progress(last - first)
-        return rows
+    def widths(self) -> dict[str, int]:
+        """Output channels of every convolution that can be replaced, by path."""
+        return _widths(self.calls)
 
 
-def _bytes(variable: jex.Var) -> int:
-    specified = specification(variable)
-    return specified.size * specified.dtype.itemsize
+def decompositions_named(names: str | Sequence[str]) -> tuple[Decomposition, ...]:
+    """The decompositions of these names.
 
-
-def _padded_slice(rows: np.ndarray, first: int, count: int) -> np.ndarray:
-    part = rows[first : first + count]
-    return np.pad(part, ((0, count - len(part)), (0, 0)))
-
-
-@dataclasses.dataclass
-class _Place:
-    """Where one batch of images stands: before which call (-1: at the images), with which values.
-
-    Values are None where the images can be had again from their source.
+    Raises:
+        ValueError: If there is none, or one is unknown.
     """
+    names = (names,) if isinstance(names, str) else tuple(names)
+    for name in names:
+        if name not in DECOMPOSITIONS:
+            raise ValueError(f"unknown decomposition {name!r}; known: {', '.join(DECOMPOSITIONS)}")
+    if not names:
+        raise ValueError(f"no decomposition given; known: {', '.join(DECOMPOSITIONS)}")
+    return tuple(DECOMPOSITIONS[name] for name in dict.fromkeys(names))
 
-    call: int = -1
-    values: list[np.ndarray] | None = None
 
-    @property
-    def bytes(self) -> int:
-        return sum(value.nbytes for value in self.values or ())
+def calibrate(
+    model: nnx.Module,
+    images: ImageSource | np.ndarray | jax.Array,
+    *,
+    decompositions: str | Sequence[str] = ALL_KINDS,
+    positions_per_image: int = 10,
+    batch_size: int = 16,
+    cache_bytes: int | None = None,
+    seed: int = 0,
+    rules: Rules | None = None,
+    progress: Progress | None = None,
+) -> Calibration:
+    """Runs the original network once over the images and keeps its responses at sampled positions.
 
-
-class AcceleratedRun:
-    """The accelerated network's only pass over the calibration images, one layer at a time.
-
-    Args:
-        program: The original network.
-        calls: The convolutions to be replaced, in order of execution.
-        source: Calibration images.
-        batch_size: The batch size that the program was traced for.
-        cache_bytes: How much may be kept on the host between two layers.
+    One calibration serves any number of plans, solvers and speedups. The arguments are those of
+    ``accelerate``; ``rules`` are only checked here, so that a mistake shows before the work.
     """
-
-    def __init__(
-        self,
-        program: Program,
-        calls: Sequence[LayerCall],
-        source: ImageSource,
-        batch_size: int,
-        cache_bytes: int,
-    ):
-        self.program = program
-        self.calls = list(calls)
-        self.source = source
-        self.batch_size = batch_size
-        self.cache_bytes = cache_bytes
-        self.places = [_Place() for _ in range(-(-len(source) // batch_size))]
-        self.replaced = 0
-        self.steps: list[Callable[[Any], list[jax.Array]]] = [self._first_step()]
-        self.segments_run = 0
-
-    @property
-    def live_bytes(self) -> int:
-        """The most that is alive before any one of the convolutions, for all images together."""
-        sets = (self.program.live(call) for call in self.calls)
-        most = max(sum(_bytes(v) for v in live) for live in sets)
-        return most * len(self.places)
-
-    def patches(
-        self,
-        positions: Int[np.ndarray, "images positions"],
-        progress: Callable[[int], None] = lambda images: None,
-    ) -> Float[np.ndarray, "images positions p"]:
-        """What the next convolution sees of the accelerated network's activations.
-
-        Moves all images on to that convolution, which itself is not computed.
-
-        Returns:
-            The patch under the kernel at each sampled output position, its axes (taps, then input
-            channels) in the order of the kernel's and flattened: ``p = Π taps · c``.
-
-        Raises:
-            ValueError: If an activation is NaN or Inf; the message holds the layer's path.
-        """
-        at = self.replaced
-        call = self.calls[at]
-        sampler = _patch_sampler(self.program, call, self.batch_size)
-        rows = np.empty((*positions.shape, patch_size(call)), np.float32)
-        kept = sum(place.bytes for place in self.places)
-        images = self._images()
-        for index, place in enumerate(self.places):
-            first = index * self.batch_size
-            last = min(first + self.batch_size, len(self.source))
-            values: Sequence[Any] = [next(images)] if place.values is None else place.values
-            for step in self.steps[place.call + 1 : at + 1]:
-                values = step(values)
-                self.segments_run += 1
-            batch_positions = _padded_slice(positions, first, self.batch_size)
-            seen = np.asarray(sampler(values[0], batch_positions))[: last - first]
-            if not np.isfinite(seen).all():
-                raise ValueError(
-                    f"{call.path}: the accelerated network's activations hold NaN or Inf"
-                )
-            rows[first:last] = seen
-            new = _Place(at, [np.asarray(value) for value in values])
-            if kept - place.bytes + new.bytes <= self.cache_bytes:
-                kept += new.bytes - place.bytes
-                self.places[index] = new
-            progress(last - first)
-        return rows
-
-    def replace(self, replacement: nnx.Module) -> None:
-        """Puts ``replacement`` in the place of the convolution that all images stand before."""
-        if self.replaced + 1 < len(self.calls):
-            wanted = self.program.live(self.calls[self.replaced + 1])
-            self.steps.append(self._with(replacement, wanted))
-        self.replaced += 1
-
-    def keep(self) -> None:
-        """Leaves the convolution that all images stand before as it is."""
-        if self.replaced + 1 < len(self.calls):
-            given = self.program.live(self.calls[self.replaced])
-            wanted = self.program.live(self.calls[self.replaced + 1])
-            run, parameters = self.program.segment(given, wanted)
-            jitted = jax.jit(run)
-            self.steps.append(lambda values: jitted(parameters, values))
-        self.replaced += 1
-
-    def outputs(self, replacement: nnx.Module, batches: int) -> list[list[np.ndarray]]:
-        """What the network returns for its first batches with ``replacement`` in the next place.
-
-        The rest of the network is the original's. All images have to stand before the convolution
-        (``patches``).
-
-        Returns:
-            For each batch the arrays that the network returns.
-        """
-        outvars = [v for v in self.program.jaxpr.outvars if isinstance(v, jex.Var)]
-        last = self._with(replacement, outvars)
-        images = self._images()
-        found = []
-        for place in self.places[:batches]:
-            values: Sequence[Any] = [next(images)] if place.values is None else place.values
-            for step in self.steps[place.call + 1 : self.replaced + 1]:
-                values = step(values)
-            found.append([np.asarray(output) for output in last(values)])
-        return found
-
-    def _with(
-        self, replacement: nnx.Module, wanted: Sequence[jex.Var]
-    ) -> Callable[[Any], list[jax.Array]]:
-        """From what is alive before the next convolution to ``wanted``, with a replacement."""
-        call = self.calls[self.replaced]
-        graphdef, state = nnx.split(replacement)
-        given = self.program.live(call)
-        run, parameters = self.program.segment([call.output, *given], wanted)
-
-        @jax.jit
-        def step(parameters, state, values):
-            output = nnx.merge(graphdef, state)(values[0]).astype(specification(call.output).dtype)
-            return run(parameters, [output, *values])
-
-        return lambda values: step(parameters, state, values)
-
-    def _first_step(self) -> Callable[[Any], list[jax.Array]]:
-        run, parameters = self.program.segment(
-            [self.program.images], self.program.live(self.calls[0])
+    progress = progress or Progress()
+    start = time.perf_counter()
+    kinds = decompositions_named(decompositions)
+    source = (
+        ArraySource(np.asarray(images)) if isinstance(images, np.ndarray | jax.Array) else images
+    )
+    if len(source) < 2:
+        raise ValueError(f"calibration needs 2 images or more, found {len(source)}")
+    if positions_per_image < 1 or batch_size < 1:
+        raise ValueError(
+            "positions_per_image and batch_size are 1 or more, found"
+            f" {positions_per_image} and {batch_size}"
         )
-        jitted = jax.jit(run)
-        return lambda values: jitted(parameters, values)
+    _check_parameters(model)
+    batch_size = min(batch_size, len(source))
+    first = np.asarray(next(iter(source.batches(batch_size))))
+    batch = jax.ShapeDtypeStruct(first.shape, first.dtype)
+    evaluated = nnx.clone(model)
+    evaluated.eval()
+    folded_pairs = find_foldable(evaluated, batch)
+    folded = fold_batch_norm(evaluated, folded_pairs)
+    program = trace(folded, batch)
+    left_out = dict(program.left_out)
+    for call in program.calls:
+        reasons = [kind.unsuitable(call.layer) for kind in kinds]
+        if all(reasons):
+            left_out[call.path] = str(reasons[0])
+    calls = tuple(call for call in program.calls if call.path not in left_out)
+    if not calls:
+        raise ValueError(
+            f"{type(model).__name__} has no convolution to accelerate: "
+            + (", ".join(f"{path} ({reason})" for path, reason in left_out.items()) or "none found")
+        )
+    apply_rules(_widths(calls), rules or {})
 
-    def _images(self) -> Iterator[np.ndarray]:
-        """The batches of images that have to be had from their source again."""
-        if all(place.values is not None for place in self.places):
-            return
-        for place, batch in zip(
-            list(self.places), full_batches(self.source, self.batch_size), strict=True
-        ):
-            if place.values is None:
-                yield batch
+    position_key, image_key = jax.random.split(jax.random.key(seed))
+    fitting = fitting_images(source, seed)
+    tuning = fitting & ~split_images(
+        jax.random.fold_in(image_key, 1), image_groups(source), TUNING_FRACTION
+    )
+    positions = {
+        call.path: sample_positions(
+            position_key, call, len(source), batch_size, positions_per_image
+        )
+        for call in calls
+    }
+    run = OriginalRun(program, calls, source, batch_size, positions)
+    stated, cache = _memory_needed(run, program, source, batch_size, cache_bytes)
+    progress.say(
+        f"calibrating {len(calls)} convolutions on {len(source)} images; host memory stays under"
+        f" {stated / GIBIBYTE:.1f} GiB, {cache / GIBIBYTE:.1f} GiB of it for activations"
+    )
+    progress.begin("original network", len(source))
+    targets = run.responses(progress.advance)
+    return Calibration(
+        model=folded,
+        folded=folded_pairs,
+        program=program,
+        calls=calls,
+        left_out=left_out,
+        decompositions=kinds,
+        source=source,
+        batch_size=batch_size,
+        seed=seed,
+        fitting=fitting,
+        tuning=tuning,
+        positions=positions,
+        targets=targets,
+        macs=count_conv_macs(folded, batch),
+        seconds=time.perf_counter() - start,
+        stated_peak_bytes=stated,
+        cache_bytes=cache,
+    )
 
 
-def _patch_sampler(
-    program: Program, call: LayerCall, batch_size: int
-) -> Callable[[Any, Any], Float[Array, "batch positions p"]]:
-    """A jitted function ``(input of the call, positions) -> patches that these positions see``.
+def _check_parameters(model: nnx.Module) -> None:
+    for path, value in nnx.to_flat_state(nnx.state(model)):
+        array = value[...]
+        if jnp.issubdtype(array.dtype, jnp.floating) and not np.isfinite(array).all():
+            raise ValueError(f"{'/'.join(map(str, path))}: the parameter holds NaN or Inf")
 
-    Strides, dilation and padding are read off the call's one convolution equation, whose operand is
-    what remains of the input after whatever the layer did before (casts, circular padding, merged
-    batch axes).
-    """
-    equations = program.jaxpr.eqns[call.start : call.stop]
-    (equation,) = (e for e in equations if e.primitive.name == "conv_general_dilated")
-    operand, kernel = (atom for atom in equation.invars if isinstance(atom, jex.Var))
-    prepare, parameters = program.segment([call.input], [operand])
-    strides: tuple[int, ...] = equation.params["window_strides"]
-    dilation: tuple[int, ...] = equation.params["rhs_dilation"]
-    padding: tuple[tuple[int, int], ...] = equation.params["padding"]
-    taps = specification(kernel).shape[:-2]
 
-    @jax.jit
-    def sample(parameters, inputs, positions):
-        (x,) = prepare(parameters, [inputs])
-        x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
-        map_shape = specification(equation.outvars[0]).shape[1:-1]
-        per_image = outputs_per_image(call, batch_size)
-        flat = positions + jnp.arange(batch_size)[:, None] * per_image
-        batch, *place = jnp.unravel_index(flat.reshape(-1), (x.shape[0], *map_shape))
-        # One index array an axis: [rows, 1, …, taps of this axis, …, 1].
-        axes = len(taps)
-        indices = [
-            (
-                place[axis].reshape(-1, *(1,) * axes) * strides[axis]
-                + (jnp.arange(taps[axis]) * dilation[axis]).reshape(
-                    1, *(-1 if other == axis else 1 for other in range(axes))
-                )
-            )
-            for axis in range(axes)
-        ]
-        windows = x[(batch.reshape(-1, *(1,) * axes), *indices)]
-        return windows.reshape(*positions.shape, -1).astype(jnp.float32)
+def _memory_needed(
+    run: OriginalRun,
+    program: Program,
+    source: ImageSource,
+    batch_size: int,
+    cache_bytes: int | None,
+) -> tuple[int, int]:
+    """Bounds on the host memory of a run: in all, and of it for cached activations."""
+    if cache_bytes is None:
+        available = available_bytes()
+        cache_bytes = 4 * GIBIBYTE if available is None else available // 4
+    live = AcceleratedRun(program, run.calls, source, batch_size, cache_bytes).live_bytes
+    cache = min(cache_bytes, live)
+    solving = max(_solving_bytes(call, run.positions[call.path].size) for call in run.calls)
+    parameters = sum(value.nbytes for value in program.parameters)
+    needed = (
+        resident_bytes()
+        + run.response_bytes
+        + run.working_bytes
+        + cache
+        # The accelerated network: its weights, and the working set of one of its steps.
+        + parameters
+        + run.working_bytes
+        + solving
+        # Compiled code and the allocator's slack.
+        + GIBIBYTE // 2
+    )
+    return needed, cache
 
-    return lambda inputs, positions: sample(parameters, inputs, positions)
+
+def _solving_bytes(call: LayerCall, rows: int) -> int:
+    """What fitting one layer takes on the host, at most."""
+    patch, width = patch_size(call), specification(call.output).shape[-1]
+    return (
+        # Patches, those of them that are fitted, and their features, in float32.
+        rows * 3 * patch * 4
+        # A solver: inputs and targets in float32, and about ten float64 arrays of that size.
+        + rows * width * (2 * 4 + 10 * 8)
+        # Second moments of patches and of features, the metric, what is made of them on the way.
+        + 20 * 8 * patch**2
+    )
+
+
+def _widths(calls: Sequence[LayerCall]) -> dict[str, int]:
+    return {call.path: specification(call.output).shape[-1] for call in calls}

@@ -21,13 +21,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float64
 
-from accel.calibration import AcceleratedRun, ArraySource, sample_positions
 from accel.decompositions import Decomposition, Structure
 from accel.decompositions.split import Cutter, split
+from accel.images import ArraySource
 from accel.program import LayerCall, Program, specification
 from accel.progress import Progress
 from accel.rank_selection import Candidate
 from accel.rewrite import FactorizedConv
+from accel.runs import AcceleratedRun, sample_positions
 from accel.solvers.base import Activation, activate, arithmetic, widest_dtype
 from accel.solvers.kernel_regression import fit_kernel
 

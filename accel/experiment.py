@@ -17,8 +17,9 @@ from typing import Literal
 
 from flax import nnx
 
-from accel.accelerate import ALL_KINDS, MEASURED_ERROR, Result, accelerate
+from accel.accelerate import Result, accelerate
 from accel.benchmark import latency
+from accel.calibration import ALL_KINDS
 from accel.checkpoint import load_model, save_model, saved_spec
 from accel.data import (
     CentreView,
@@ -34,6 +35,7 @@ from accel.models import ModelSpec
 from accel.progress import Progress
 from accel.rank_selection import Rules
 from accel.repair import Distillation, distill
+from accel.selection import MEASURED_ERROR
 from accel.weights import load
 
 BUNDLED = "bundled"

@@ -24,17 +24,12 @@ from typing import Annotated
 import tyro
 from compare_methods import begin
 
-from accel.accelerate import (
-    ALL_KINDS,
-    MEASURED_ERROR,
-    calibrate,
-    measure_errors,
-    reconstruct,
-    select_ranks,
-)
+from accel import calibrate, measure_errors, reconstruct, select_ranks
+from accel.calibration import ALL_KINDS
 from accel.configuration import load_config
 from accel.experiment import Experiment
 from accel.report.environment import command_line, device_name, versions
+from accel.selection import MEASURED_ERROR
 
 
 @dataclasses.dataclass(frozen=True)

@@ -24,7 +24,7 @@ from typing import Annotated, Any
 import jax
 import tyro
 
-from accel.accelerate import calibrate, reconstruct, select_ranks
+from accel import calibrate, reconstruct, select_ranks
 from accel.configuration import load_config
 from accel.experiment import Experiment, to_json
 from accel.report.environment import command_line, device_name, versions

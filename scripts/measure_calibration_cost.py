@@ -21,10 +21,10 @@ import numpy as np
 import tyro
 
 from accel import ConsoleProgress
-from accel.calibration import full_batches
 from accel.configuration import load_config
 from accel.evaluation.forward import forward_function
 from accel.experiment import Experiment
+from accel.images import full_batches
 from accel.report.environment import command_line
 
 

@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 import accel
-from accel.accelerate import calibrate, reconstruct, select_ranks
+from accel import calibrate, reconstruct, select_ranks
 from accel.plan import AccelerationPlan, LayerPlan
 from accel.rewrite import FactorizedConv
 

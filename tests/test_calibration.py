@@ -4,17 +4,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from accel.accelerate import calibrate
-from accel.calibration import (
-    AcceleratedRun,
-    ArraySource,
-    OriginalRun,
-    image_groups,
-    sample_positions,
-    split_images,
-)
+from accel.calibration import calibrate
 from accel.data import ArrayImages
+from accel.images import ArraySource, image_groups, split_images
 from accel.program import trace
+from accel.runs import AcceleratedRun, OriginalRun, sample_positions
 
 IMAGES, BATCH, PER_IMAGE = 11, 4, 9
 

@@ -10,7 +10,7 @@ from flax import nnx
 
 import accel
 from accel.batch_norm import find_foldable, fold_batch_norm
-from accel.calibration import ArraySource, fitting_images
+from accel.images import ArraySource, fitting_images
 from accel.plan import AccelerationPlan, LayerPlan
 from accel.program import named_layers
 from accel.repair import Distillation, TrainingDiverged, distill

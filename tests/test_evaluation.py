@@ -8,10 +8,10 @@ import pytest
 from flax import nnx
 from PIL import Image
 
-from accel.calibration import ArraySource
 from accel.data import ArrayImages
 from accel.evaluation import accuracy, compare_outputs
 from accel.experiment import Experiment, FolderImages
+from accel.images import ArraySource
 from accel.models import ModelSpec
 
 

@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 
 import accel
-from accel.accelerate import calibrate, measure_errors, select_ranks
+from accel import calibrate, measure_errors, select_ranks
 from accel.decompositions import DECOMPOSITIONS
 from accel.rank_selection import Candidate, LayerErrors, measured_error
 

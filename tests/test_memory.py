@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from monitoring import compilations
 
-from accel.accelerate import calibrate, reconstruct, select_ranks
+from accel import calibrate, reconstruct, select_ranks
 from accel.memory import available_bytes, release_free_memory, resident_bytes
 
 MIB = 2**20

@@ -28,8 +28,8 @@ import numpy as np
 import optax
 from flax import nnx, serialization
 
-from accel.calibration import ArraySource, ImageSource, fitting_images, full_batches
 from accel.evaluation.forward import padded
+from accel.images import ArraySource, ImageSource, fitting_images, full_batches
 from accel.program import LayerCall, Program, specification, trace
 from accel.progress import Progress
 from accel.repair.augmentation import augment

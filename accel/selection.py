@@ -1,0 +1,189 @@
+"""Selection of what becomes of each convolution: kind and ranks of its chain, for one budget.
+
+The second step of ``accelerate``. By errors that are measured (``measure_errors``), over all kinds
+of chain at once; or by energies, as in the paper (Zhang et al., arXiv:1505.06798, section 3.4), for
+one kind.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from accel.calibration import Calibration
+from accel.decompositions import Decomposition
+from accel.error_curves import IMAGES, ErrorCurve, measure_error_curves, rank_macs
+from accel.images import images_at
+from accel.plan import AccelerationPlan, LayerPlan
+from accel.program import LayerCall
+from accel.progress import Progress
+from accel.rank_selection import (
+    RANK_SELECTION,
+    Candidate,
+    LayerChoices,
+    LayerErrors,
+    RankProblem,
+    Rules,
+    apply_rules,
+    budget_from_speedup,
+    measured_error,
+)
+from accel.solvers import response_spectrum
+
+MEASURED_ERROR = "measured_error"
+
+
+def measure_errors(
+    calibration: Calibration, *, progress: Progress | None = None
+) -> dict[str, ErrorCurve]:
+    """Error and cost of every chain that could replace a layer, by path (``accel.error_curves``).
+
+    Measured on some of the images that are used for fitting; one set of curves serves any speedup.
+    """
+    chosen = np.flatnonzero(calibration.fitting)
+    if len(chosen) < 2:
+        raise ValueError(
+            f"measuring errors needs 2 images that are fitted to or more, found {len(chosen)}"
+        )
+    step = max(1, len(chosen) // IMAGES)
+    return measure_error_curves(
+        calibration.program,
+        calibration.calls,
+        calibration.decompositions,
+        images_at(calibration.source, chosen[::step][:IMAGES], calibration.batch_size),
+        calibration.macs,
+        batch_size=calibration.batch_size,
+        cache_bytes=calibration.cache_bytes,
+        seed=calibration.seed,
+        progress=progress or Progress(),
+    )
+
+
+def select_ranks(
+    calibration: Calibration,
+    speedup: float,
+    *,
+    rank_selection: str = MEASURED_ERROR,
+    rules: Rules | None = None,
+    curves: Mapping[str, ErrorCurve] | None = None,
+) -> AccelerationPlan:
+    """Chooses what becomes of each convolution so that the network gets cheaper by ``speedup``.
+
+    Args:
+        calibration: From ``calibrate``.
+        speedup: As in ``accelerate``.
+        rank_selection: As in ``accelerate``.
+        rules: As in ``accelerate``.
+        curves: From ``measure_errors``, which is called where they are needed and not given.
+    """
+    check_rank_selection(rank_selection, calibration.decompositions)
+    if rank_selection == MEASURED_ERROR:
+        curves = measure_errors(calibration) if curves is None else curves
+        chosen = _by_measured_error(calibration, speedup, rules or {}, curves)
+    else:
+        chosen = _by_energy(calibration, speedup, rank_selection, rules or {})
+    fixed = apply_rules(calibration.widths, rules or {})
+    plans = []
+    for path in _execution_order(calibration):
+        if path in calibration.left_out:
+            plans.append(LayerPlan(path, reason=calibration.left_out[path]))
+        elif (candidate := chosen[path]) is None:
+            reason = "by rule" if fixed[path] == "dense" else "cheaper as it is"
+            plans.append(LayerPlan(path, reason=reason))
+        else:
+            plans.append(LayerPlan(path, candidate.decomposition, candidate.ranks))
+    return AccelerationPlan(tuple(plans), calibration.folded)
+
+
+def _by_energy(
+    calibration: Calibration, speedup: float, rank_selection: str, rules: Rules
+) -> dict[str, Candidate | None]:
+    (decomposition,) = calibration.decompositions
+    fixed = apply_rules(calibration.widths, rules)
+    layers = []
+    for call in calibration.calls:
+        macs = rank_macs(call, decomposition)
+        layers.append(
+            LayerChoices(
+                path=call.path,
+                spectrum=_spectrum(calibration, call, decomposition, len(macs)),
+                dense_macs=calibration.macs[call.path],
+                rank_macs=macs,
+                fixed=fixed[call.path],
+            )
+        )
+    total = sum(calibration.macs.values())
+    problem = RankProblem(
+        layers=tuple(layers),
+        other_macs=total - sum(layer.dense_macs for layer in layers),
+        budget_macs=budget_from_speedup(total, speedup),
+    )
+    ranks = RANK_SELECTION[rank_selection](problem)
+    found: dict[str, Candidate | None] = {}
+    for call in calibration.calls:
+        rank = ranks[call.path]
+        found[call.path] = (
+            None
+            if rank is None
+            else Candidate(decomposition.name, decomposition.ranks(call.layer, rank))
+        )
+    return found
+
+
+def _spectrum(
+    calibration: Calibration, call: LayerCall, decomposition: Decomposition, length: int
+) -> np.ndarray:
+    """Energies of a layer's ranks: of its responses (the paper) where they are what is cut.
+
+    A chain without a last factor keeps all directions of the responses; what it cuts is the kernel.
+    Ranks beyond the width of the responses (of a spatial split) hold no energy of their own.
+    """
+    if decomposition.has_last:
+        targets = calibration.targets[call.path][calibration.fitting]
+        spectrum = np.asarray(response_spectrum(targets.reshape(-1, targets.shape[-1])), np.float64)
+    else:
+        structure = decomposition.structure(call.layer)
+        kernel = np.asarray(call.layer.kernel[...], np.float64).reshape(-1, structure.out_channels)
+        s = structure.middle_taps
+        unfolded = kernel[structure.order.reshape(-1)].reshape(s, -1, structure.out_channels)
+        unfolded = unfolded.transpose(1, 0, 2).reshape(unfolded.shape[1], -1)
+        spectrum = np.linalg.svd(unfolded, compute_uv=False) ** 2
+    return np.pad(spectrum, (0, max(0, length - len(spectrum))))[:length]
+
+
+def _by_measured_error(
+    calibration: Calibration, speedup: float, rules: Rules, curves: Mapping[str, ErrorCurve]
+) -> dict[str, Candidate | None]:
+    fixed = apply_rules(calibration.widths, rules)
+    layers = [
+        LayerErrors(
+            path=call.path,
+            candidates=curves[call.path].candidates,
+            macs=curves[call.path].macs,
+            errors=curves[call.path].errors * curves[call.path].weight,
+            dense_macs=calibration.macs[call.path],
+            fixed=fixed[call.path],
+        )
+        for call in calibration.calls
+    ]
+    total = sum(calibration.macs.values())
+    other = total - sum(layer.dense_macs for layer in layers)
+    return measured_error(layers, other, budget_from_speedup(total, speedup))
+
+
+def check_rank_selection(name: str, decompositions: Sequence[Decomposition]) -> None:
+    """Raises ValueError where the name is unknown or does not serve these decompositions."""
+    if name != MEASURED_ERROR and name not in RANK_SELECTION:
+        known = ", ".join((*RANK_SELECTION, MEASURED_ERROR))
+        raise ValueError(f"unknown rank selection {name!r}; known: {known}")
+    if name != MEASURED_ERROR and len(decompositions) != 1:
+        raise ValueError(
+            f"{name} chooses ranks of one kind of chain, found"
+            f" {', '.join(kind.name for kind in decompositions)}; choose one, or {MEASURED_ERROR}"
+        )
+
+
+def _execution_order(calibration: Calibration) -> list[str]:
+    called = [call.path for call in calibration.program.calls]
+    return [*called, *(path for path in calibration.left_out if path not in called)]
