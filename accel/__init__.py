@@ -16,7 +16,7 @@ from accel.progress import ConsoleProgress, Progress
 from accel.reinitialize import reinitialized
 from accel.repair import Distillation, distill
 from accel.report.report import LayerReport, Report
-from accel.selection import measure_errors, select_ranks
+from accel.selection import measure_errors, measure_sensitivity, select_ranks
 
 __all__ = [
     "AccelerationPlan",
@@ -40,6 +40,7 @@ __all__ = [
     "finetune",
     "load_model",
     "measure_errors",
+    "measure_sensitivity",
     "reconstruct",
     "reinitialized",
     "save_model",

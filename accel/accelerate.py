@@ -28,12 +28,19 @@ from accel.plan import AccelerationPlan, LayerPlan
 from accel.program import LayerCall, specification
 from accel.progress import Progress
 from accel.rank_selection import Rules
-from accel.reconstruction import RECONSTRUCTIONS, LayerProblem
+from accel.reconstruction import JOINT, RECONSTRUCTIONS, LayerProblem
 from accel.report.environment import device_name, versions
 from accel.report.report import LayerReport, Report
 from accel.rewrite import FactorizedConv, rewrite
 from accel.runs import AcceleratedRun
-from accel.selection import MEASURED_ERROR, check_rank_selection, measure_errors, select_ranks
+from accel.selection import (
+    MEASURED_ERROR,
+    check_rank_selection,
+    measure_errors,
+    measure_sensitivity,
+    select_ranks,
+)
+from accel.sensitivity import Sensitivity
 from accel.solution import Solution, load_solution, save_solution
 from accel.solvers import SOLVERS, Solver
 
@@ -117,10 +124,12 @@ def accelerate(
         rules=rules,
         progress=progress,
     )
-    curves = None
+    sensitivity, curves = None, None
     start = time.perf_counter()
+    if rank_selection == MEASURED_ERROR or reconstruction == JOINT:
+        sensitivity = measure_sensitivity(calibration, progress=progress)
     if rank_selection == MEASURED_ERROR:
-        curves = measure_errors(calibration, progress=progress)
+        curves = measure_errors(calibration, sensitivity, progress=progress)
     plan = select_ranks(
         calibration, speedup, rank_selection=rank_selection, rules=rules, curves=curves
     )
@@ -131,6 +140,7 @@ def accelerate(
         reconstruction=reconstruction,
         solver=chosen_solver,
         asymmetric=asymmetric,
+        sensitivity=sensitivity,
         resume=resume,
         progress=progress,
     )
@@ -174,6 +184,7 @@ def reconstruct(
     reconstruction: str = "joint",
     solver: str | Solver = "alternating",
     asymmetric: bool = True,
+    sensitivity: Mapping[str, Sensitivity] | None = None,
     resume: Path | None = None,
     progress: Progress | None = None,
 ) -> Result:
@@ -184,6 +195,8 @@ def reconstruct(
         plan: From ``select_ranks``, or made by hand.
         solver: As in ``accelerate``.
         asymmetric: As in ``accelerate``.
+        sensitivity: From ``measure_sensitivity``; for ``joint`` alone, which measures it where it
+            is not given.
         resume: A folder that keeps each layer's solution as soon as it is found; layers that it
             holds from an earlier call with the same arguments are not solved again.
         progress: As in ``accelerate``.
@@ -195,6 +208,8 @@ def reconstruct(
     _check_reconstruction(reconstruction)
     _check_plan(calibration, plan)
     solver = solver_named(solver)
+    if reconstruction == JOINT and sensitivity is None:
+        sensitivity = measure_sensitivity(calibration, progress=progress)
     plans = {layer.path: layer for layer in plan.layers}
     calls = [call for call in calibration.calls if plans[call.path].decomposition is not None]
     run, original = (
@@ -224,11 +239,13 @@ def reconstruct(
         # Symmetric: fitted to what the original network feeds the layer, whatever it will get.
         fitted = seen if asymmetric else original.patches(positions)
         responded = time.perf_counter()
+        metric = sensitivity[call.path] if sensitivity and reconstruction == JOINT else None
         settings = (layer, reconstruction, solver, call.activation)
-        digest = _digest(settings, fitted, calibration.targets[call.path], calibration.fitting)
+        arrays = (fitted, calibration.targets[call.path], calibration.fitting)
+        digest = _digest(settings, *arrays, *(metric or ()))
         solution = None if resume is None else load_solution(resume, call.path, digest)
         if solution is None:
-            split = _solve(calibration, call, layer, fitted, reconstruction, solver)
+            split = _solve(calibration, call, layer, fitted, reconstruction, solver, metric)
             solution = Solution(split, _held_out_error(calibration, call, layer, seen, split))
             if resume is not None:
                 save_solution(resume, call.path, solution, digest)
@@ -271,6 +288,7 @@ def _solve(
     patches: np.ndarray,
     reconstruction: str,
     solver: Solver,
+    sensitivity: Sensitivity | None,
 ) -> Split:
     """Fits one layer to the images that are used for fitting."""
     fitting = calibration.fitting
@@ -284,6 +302,7 @@ def _solve(
         tuning=np.repeat(calibration.tuning[fitting], positions),
         activation=call.activation,
         solver=solver,
+        sensitivity=sensitivity,
     )
     try:
         return RECONSTRUCTIONS[reconstruction](problem)

@@ -31,6 +31,7 @@ from accel.program import LayerCall, Program, specification, trace
 from accel.progress import Progress
 from accel.rank_selection import Rules, apply_rules
 from accel.runs import AcceleratedRun, OriginalRun, patch_size, sample_positions
+from accel.sensitivity import backward_bytes
 
 ALL_KINDS = tuple(DECOMPOSITIONS)
 # Of the images that are fitted, the part that also chooses how strongly to regularise.
@@ -214,7 +215,11 @@ def _memory_needed(
         cache_bytes = 4 * GIBIBYTE if available is None else available // 4
     live = AcceleratedRun(program, run.calls, source, batch_size, cache_bytes).live_bytes
     cache = min(cache_bytes, live)
-    solving = max(_solving_bytes(call, run.positions[call.path].size) for call in run.calls)
+    # Solving and differentiating are done one after the other.
+    work = max(
+        backward_bytes(program),
+        *(_solving_bytes(call, run.positions[call.path].size) for call in run.calls),
+    )
     parameters = sum(value.nbytes for value in program.parameters)
     needed = (
         resident_bytes()
@@ -224,7 +229,7 @@ def _memory_needed(
         # The accelerated network: its weights, and the working set of one of its steps.
         + parameters
         + run.working_bytes
-        + solving
+        + work
         # Compiled code and the allocator's slack.
         + GIBIBYTE // 2
     )

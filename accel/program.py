@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from typing import Any, Literal
 
@@ -45,6 +45,7 @@ class LayerCall:
         stop: Index after the last equation of the call.
         activation: ``"relu"`` where the output goes through a ReLU and nowhere else, otherwise
             ``"identity"``.
+        activated: What the activation returns.
     """
 
     path: Path
@@ -54,6 +55,7 @@ class LayerCall:
     start: int
     stop: int
     activation: Activation
+    activated: jex.Var
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,6 +87,28 @@ class Program:
         after |= dict.fromkeys(_variables(self.jaxpr.outvars))
         kept = (v for v in after if v in before and v not in parameters and v is not call.input)
         return (call.input, *kept)
+
+    def with_added(
+        self, variables: Sequence[jex.Var]
+    ) -> Callable[[Any, Any, Sequence[Any]], list[Any]]:
+        """The program with something added to what some of its variables hold.
+
+        Returns:
+            A pure function ``(parameters, images, an array a variable) -> the program's outputs``.
+        """
+
+        def run(parameters, images, added):
+            places = dict(zip(variables, added, strict=True))
+            values = dict(zip(self.jaxpr.invars, (*parameters, images), strict=True))
+            for equation in self.jaxpr.eqns:
+                for variable, value in zip(
+                    equation.outvars, _evaluated(self.jaxpr, equation, values), strict=True
+                ):
+                    known = variable in places
+                    values[variable] = value + places[variable] if known else value
+            return [_read(atom, values) for atom in self.jaxpr.outvars]
+
+        return run
 
     def segment(
         self, given: Sequence[jex.Var], wanted: Sequence[jex.Var]
@@ -225,27 +249,33 @@ def _written_out(program: jex.ClosedJaxpr, arguments: Sequence[Any]) -> list[Any
         zip((*jaxpr.constvars, *jaxpr.invars), (*program.consts, *arguments), strict=True)
     )
 
-    def read(atom):
-        return atom.val if isinstance(atom, jex.Literal) else values[atom]
-
     for equation in jaxpr.eqns:
-        inputs = [read(atom) for atom in equation.invars]
         inner = list(_inner_programs(equation))
         if (
             equation.primitive.name in INLINED_CALLS
             and len(inner) == 1
             and any(_marks_inside(inner[0]))
         ):
-            outputs = _written_out(inner[0], inputs)
+            outputs = _written_out(inner[0], [_read(atom, values) for atom in equation.invars])
         else:
-            variables = list(dict.fromkeys(_variables(equation.invars)))
-            single = jaxpr.replace(
-                constvars=[], invars=variables, outvars=list(equation.outvars), eqns=[equation]
-            )
-            run = jex.jaxpr_as_fun(jex.ClosedJaxpr(single, ()))
-            outputs = run(*(values[v] for v in variables))
+            outputs = _evaluated(jaxpr, equation, values)
         values.update(zip(equation.outvars, outputs, strict=True))
-    return [read(atom) for atom in jaxpr.outvars]
+    return [_read(atom, values) for atom in jaxpr.outvars]
+
+
+def _read(atom: Any, values: Mapping[jex.Var, Any]) -> Any:
+    return atom.val if isinstance(atom, jex.Literal) else values[atom]
+
+
+def _evaluated(
+    jaxpr: jex.Jaxpr, equation: jex.JaxprEqn, values: Mapping[jex.Var, Any]
+) -> list[Any]:
+    """What one equation of a program returns."""
+    variables = list(dict.fromkeys(_variables(equation.invars)))
+    single = jaxpr.replace(
+        constvars=[], invars=variables, outvars=list(equation.outvars), eqns=[equation]
+    )
+    return jex.jaxpr_as_fun(jex.ClosedJaxpr(single, ()))(*(values[v] for v in variables))
 
 
 def _find_calls(
@@ -277,16 +307,20 @@ def _find_calls(
             if expected.shape != specification(output).shape:
                 left_out[path] = "called under vmap with the batch axis not in front"
                 continue
-            activation = _activation(jaxpr, output)
-            calls.append(LayerCall(path, layer, given, output, start, stop + 1, activation))
+            activation, activated = _activation(jaxpr, output)
+            calls.append(
+                LayerCall(path, layer, given, output, start, stop + 1, activation, activated)
+            )
     calls.sort(key=lambda call: call.start)
     return tuple(calls), left_out
 
 
-def _activation(jaxpr: jex.Jaxpr, output: jex.Var) -> Activation:
+def _activation(jaxpr: jex.Jaxpr, output: jex.Var) -> tuple[Activation, jex.Var]:
     users = [eqn for eqn in jaxpr.eqns if any(v is output for v in eqn.invars)]
     leaves = any(v is output for v in jaxpr.outvars)
-    return "relu" if len(users) == 1 and not leaves and _is_relu(users[0]) else "identity"
+    if len(users) == 1 and not leaves and _is_relu(users[0]):
+        return "relu", users[0].outvars[0]
+    return "identity", output
 
 
 def _is_relu(equation: jex.JaxprEqn) -> bool:

@@ -7,8 +7,9 @@ Three ways, from the cheapest to the best:
   fitted by a solver to responses, through the nonlinearity. Zhang et al., arXiv:1505.06798,
   sections 3.1 to 3.3 and 3.5.
 - ``joint``: all factors together. The best kernel for the patches that the layer now gets, with
-  the original kernel as prior, is split in the metric of these patches; what its first factor lets
-  through is then fitted to the targets by a solver, through the nonlinearity.
+  the original kernel as prior, is split in the metric of these patches and of the network's outputs
+  (``accel.sensitivity``); with what its first factor lets through, everything after it is fitted to
+  the targets through the nonlinearity, by turns as the solver says, with the same prior.
 """
 
 from __future__ import annotations
@@ -23,13 +24,18 @@ from jaxtyping import Bool, Float
 
 from accel.decompositions import Decomposition, Split, Structure
 from accel.decompositions.split import split, split_first
+from accel.sensitivity import Sensitivity, whitening
 from accel.solvers import Activation, Responses, Solver
 from accel.solvers.base import arithmetic, widest_dtype
 from accel.solvers.kernel_regression import fit_kernel
+from accel.solvers.prior_alternating import Prior, fit_ending
 
 # How often the first factor of a joint fit is improved; what is gained after three is below 1 % of
 # the error (measured on VGG-16 and on the bundled network).
 SWEEPS = 3
+# How strong the prior of the fit through the nonlinearity is, as a share of the linear fit's, which
+# has p/k times as many numbers to find.
+PRIOR_SHARE = 0.1
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -44,7 +50,9 @@ class LayerProblem:
         targets: The original network's responses there, ``[n, d]``.
         tuning: The rows that choose how strongly to regularise.
         activation: What follows the layer.
-        solver: Fits the last factor.
+        solver: Fits the last factor, or says how it is fitted.
+        sensitivity: How errors of the responses count at the network's outputs; None where every
+            direction counts alike.
     """
 
     conv: Any
@@ -55,6 +63,7 @@ class LayerProblem:
     tuning: Bool[np.ndarray, " n"]
     activation: Activation
     solver: Solver
+    sensitivity: Sensitivity | None = None
 
     @property
     def structure(self) -> Structure:
@@ -104,32 +113,40 @@ def from_responses(problem: LayerProblem) -> Split:
 
 
 def joint(problem: LayerProblem) -> Split:
-    """All factors fitted to the patches and targets together (see the module's docstring).
-
-    The solver is given what the best kernel answers through the first factor at its rank: the best
-    linear estimate of the targets, as wide as they are, in the place of the paper's responses of
-    the original kernel.
-    """
-    structure = problem.structure
+    """All factors fitted to the patches and targets together (see the module's docstring)."""
+    structure, sensitivity = problem.structure, problem.sensitivity
+    width = structure.out_channels
+    whiten, unwhiten = whitening(np.eye(width) if sensitivity is None else sensitivity.responses)
     with arithmetic(widest_dtype()):
         best = fit_kernel(problem.patches, problem.targets, problem.kernel, problem.tuning)
-        start = split_first(structure, best.kernel, problem.ranks, best.metric, SWEEPS).rounded()
-    features = start.features(structure, problem.patches)
-    rank = problem.ranks[-1] if structure.has_last else structure.out_channels
-    fitted = problem.solver(
-        Responses(features @ start.middle, problem.targets), rank, problem.activation
-    )
-    reduce, expand, bias = (np.asarray(factor) for factor in fitted[:3])
-    middle = start.middle @ reduce.T
-    if structure.has_last:
-        return Split(start.first, middle, expand.T, bias)
-    return Split(start.first, middle @ expand.T, None, bias)
+        whitened = jnp.asarray(best.kernel @ whiten)
+        start = split_first(structure, whitened, problem.ranks, best.metric, SWEEPS)
+        # Without a first factor, split_first returns the kernel as it was given.
+        start = start._replace(middle=start.middle @ unwhiten)
+        begun = start.kernel(structure)
+        penalty = PRIOR_SHARE * np.asarray(best.penalty)[:, None]
+        prior = Prior(begun.T @ (penalty * begun), begun.T @ (penalty * problem.kernel))
+        start = start.rounded()
+        inputs = start.features(structure, problem.patches) @ start.middle
+        mean = inputs.mean(0, dtype=np.float64).astype(np.float32)
+        ending = fit_ending(
+            inputs - mean,
+            problem.targets,
+            prior,
+            problem.ranks[-1] if structure.has_last else None,
+            whiten,
+            unwhiten,
+            problem.solver.penalties if problem.activation == "relu" else (),
+        )
+    bias = ending.bias - mean @ ending.matrix
+    return Split(start.first, start.middle @ ending.left, ending.right, bias).rounded()
 
 
+JOINT = "joint"
 RECONSTRUCTIONS: dict[str, Callable[[LayerProblem], Split]] = {
     "weights": from_weights,
     "responses": from_responses,
-    "joint": joint,
+    JOINT: joint,
 }
 
 

@@ -254,8 +254,20 @@ class AcceleratedRun:
     def replace(self, replacement: nnx.Module) -> None:
         """Puts ``replacement`` in the place of the convolution that all images stand before."""
         if self.replaced + 1 < len(self.calls):
-            wanted = self.program.live(self.calls[self.replaced + 1])
-            self.steps.append(self._with(replacement, wanted))
+            call = self.calls[self.replaced]
+            given, wanted = (
+                self.program.live(self.calls[index]) for index in (self.replaced, self.replaced + 1)
+            )
+            graphdef, state = nnx.split(replacement)
+            run, parameters = self.program.segment([call.output, *given], wanted)
+
+            @jax.jit
+            def step(parameters, state, values):
+                output = nnx.merge(graphdef, state)(values[0])
+                output = output.astype(specification(call.output).dtype)
+                return run(parameters, [output, *values])
+
+            self.steps.append(lambda values: step(parameters, state, values))
         self.replaced += 1
 
     def keep(self) -> None:
@@ -267,42 +279,6 @@ class AcceleratedRun:
             jitted = jax.jit(run)
             self.steps.append(lambda values: jitted(parameters, values))
         self.replaced += 1
-
-    def outputs(self, replacement: nnx.Module, batches: int) -> list[list[np.ndarray]]:
-        """What the network returns for its first batches with ``replacement`` in the next place.
-
-        The rest of the network is the original's. All images have to stand before the convolution
-        (``patches``).
-
-        Returns:
-            For each batch the arrays that the network returns.
-        """
-        outvars = [v for v in self.program.jaxpr.outvars if isinstance(v, jex.Var)]
-        last = self._with(replacement, outvars)
-        images = self._images()
-        found = []
-        for place in self.places[:batches]:
-            values: Sequence[Any] = [next(images)] if place.values is None else place.values
-            for step in self.steps[place.call + 1 : self.replaced + 1]:
-                values = step(values)
-            found.append([np.asarray(output) for output in last(values)])
-        return found
-
-    def _with(
-        self, replacement: nnx.Module, wanted: Sequence[jex.Var]
-    ) -> Callable[[Any], list[jax.Array]]:
-        """From what is alive before the next convolution to ``wanted``, with a replacement."""
-        call = self.calls[self.replaced]
-        graphdef, state = nnx.split(replacement)
-        given = self.program.live(call)
-        run, parameters = self.program.segment([call.output, *given], wanted)
-
-        @jax.jit
-        def step(parameters, state, values):
-            output = nnx.merge(graphdef, state)(values[0]).astype(specification(call.output).dtype)
-            return run(parameters, [output, *values])
-
-        return lambda values: step(parameters, state, values)
 
     def _first_step(self) -> Callable[[Any], list[jax.Array]]:
         run, parameters = self.program.segment(

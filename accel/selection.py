@@ -11,9 +11,10 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from accel import error_curves
 from accel.calibration import Calibration
 from accel.decompositions import Decomposition
-from accel.error_curves import IMAGES, ErrorCurve, measure_error_curves, rank_macs
+from accel.error_curves import ErrorCurve, rank_macs
 from accel.images import images_at
 from accel.plan import AccelerationPlan, LayerPlan
 from accel.program import LayerCall
@@ -29,35 +30,67 @@ from accel.rank_selection import (
     budget_from_speedup,
     measured_error,
 )
+from accel.sensitivity import Sensitivity, images_needed, sensitivity_matrices
 from accel.solvers import response_spectrum
 
 MEASURED_ERROR = "measured_error"
 
 
-def measure_errors(
+def measure_sensitivity(
     calibration: Calibration, *, progress: Progress | None = None
+) -> dict[str, Sensitivity]:
+    """How the network's outputs hang on the responses of each layer (``accel.sensitivity``)."""
+    return sensitivity_matrices(
+        calibration.program,
+        calibration.calls,
+        _some_images(calibration, images_needed(calibration.calls, calibration.batch_size)),
+        batch_size=calibration.batch_size,
+        seed=calibration.seed,
+        progress=progress or Progress(),
+    )
+
+
+def measure_errors(
+    calibration: Calibration,
+    sensitivity: Mapping[str, Sensitivity] | None = None,
+    *,
+    progress: Progress | None = None,
 ) -> dict[str, ErrorCurve]:
     """Error and cost of every chain that could replace a layer, by path (``accel.error_curves``).
 
     Measured on some of the images that are used for fitting; one set of curves serves any speedup.
+
+    Args:
+        calibration: From ``calibrate``.
+        sensitivity: From ``measure_sensitivity``, which is called where it is not given.
+        progress: As in ``accelerate``.
     """
-    chosen = np.flatnonzero(calibration.fitting)
-    if len(chosen) < 2:
+    if sensitivity is None:
+        sensitivity = measure_sensitivity(calibration, progress=progress)
+    images = _some_images(calibration, error_curves.IMAGES)
+    if len(images) < 2:
         raise ValueError(
-            f"measuring errors needs 2 images that are fitted to or more, found {len(chosen)}"
+            f"measuring errors needs 2 images that are fitted to or more, found {len(images)}"
         )
-    step = max(1, len(chosen) // IMAGES)
-    return measure_error_curves(
+    return error_curves.measure_error_curves(
         calibration.program,
         calibration.calls,
         calibration.decompositions,
-        images_at(calibration.source, chosen[::step][:IMAGES], calibration.batch_size),
+        images,
         calibration.macs,
+        sensitivity,
         batch_size=calibration.batch_size,
         cache_bytes=calibration.cache_bytes,
         seed=calibration.seed,
         progress=progress or Progress(),
     )
+
+
+def _some_images(calibration: Calibration, count: int) -> np.ndarray:
+    """That many of the images that are fitted to, spread over all of them."""
+    chosen = np.flatnonzero(calibration.fitting)
+    step = max(1, len(chosen) // count)
+    return images_at(calibration.source, chosen[::step][:count], calibration.batch_size)
 
 
 def select_ranks(
@@ -161,7 +194,7 @@ def _by_measured_error(
             path=call.path,
             candidates=curves[call.path].candidates,
             macs=curves[call.path].macs,
-            errors=curves[call.path].errors * curves[call.path].weight,
+            errors=curves[call.path].errors,
             dense_macs=calibration.macs[call.path],
             fixed=fixed[call.path],
         )

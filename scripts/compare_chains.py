@@ -24,7 +24,13 @@ from typing import Annotated
 import tyro
 from compare_methods import begin
 
-from accel import calibrate, measure_errors, reconstruct, select_ranks
+from accel import (
+    calibrate,
+    measure_errors,
+    measure_sensitivity,
+    reconstruct,
+    select_ranks,
+)
 from accel.calibration import ALL_KINDS
 from accel.configuration import load_config
 from accel.experiment import Experiment
@@ -95,7 +101,10 @@ def run_grid(grid: Grid, experiment: Experiment) -> None:
             seed=seed,
             rules=experiment.rules,
         )
-        curves = measure_errors(calibration) if method.rank_selection == MEASURED_ERROR else None
+        sensitivity, curves = None, None
+        if method.rank_selection == MEASURED_ERROR:
+            sensitivity = measure_sensitivity(calibration)
+            curves = measure_errors(calibration, sensitivity)
         for speedup in wanted:
             start = time.perf_counter()
             plan = select_ranks(
@@ -105,7 +114,12 @@ def run_grid(grid: Grid, experiment: Experiment) -> None:
                 rules=experiment.rules,
                 curves=curves,
             )
-            result = reconstruct(calibration, plan, reconstruction=method.reconstruction)
+            result = reconstruct(
+                calibration,
+                plan,
+                reconstruction=method.reconstruction,
+                sensitivity=sensitivity,
+            )
             line = {
                 "seed": seed,
                 "method": name,

@@ -109,17 +109,11 @@ def test_every_segment_runs_once_for_each_batch_where_the_cache_suffices(name):
 
 
 @pytest.mark.parametrize("name", networks.NETWORKS)
-def test_a_layer_that_is_kept_or_put_in_its_own_place_changes_nothing(name):
+def test_a_layer_that_is_kept_changes_nothing(name):
     model, source, program, positions = prepared(name)
     run = AcceleratedRun(program, program.calls, source, BATCH, 10**9)
-    evaluated = nnx.clone(model)
-    evaluated.eval()
     for call in program.calls:
         patches = run.patches(positions[call.path])
-        (outputs,) = run.outputs(call.layer, 1)
-        np.testing.assert_allclose(
-            outputs[-1], evaluated(source.images[:BATCH]), rtol=1e-4, atol=1e-4
-        )
         kernel = np.asarray(call.layer.kernel[...])
         bias = 0 if call.layer.bias is None else np.asarray(call.layer.bias[...])
         expected = responses_by_hand(model, call.path, source, positions[call.path])

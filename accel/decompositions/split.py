@@ -108,6 +108,17 @@ class Split(NamedTuple):
             outputs = outputs @ self.last
         return outputs + self.bias
 
+    def kernel(self, structure: Structure) -> Float[np.ndarray, "p d"]:
+        """The one kernel that the chain computes."""
+        kernel = self.middle if self.last is None else self.middle @ self.last
+        if self.first is None:
+            return kernel
+        s, rank = structure.middle_taps, self.first.shape[1]
+        by_tap = self.first @ kernel.reshape(s, rank, -1)
+        found = np.empty((structure.order.size, kernel.shape[1]), kernel.dtype)
+        found[structure.order.reshape(-1)] = by_tap.reshape(len(found), -1)
+        return found
+
     def rounded(self) -> Split:
         """The same in float32, as layers have it."""
         return Split(*(None if part is None else part.astype(np.float32) for part in self))  # type: ignore[arg-type]

@@ -78,6 +78,10 @@ class Alternating(Solver):
                     f" found {(penalty, iterations)}"
                 )
 
+    @property
+    def penalties(self) -> tuple[float, ...]:
+        return tuple(penalty for penalty, times in self.schedule for _ in range(times))
+
     def candidates(
         self,
         inputs: Float[Array, "n d_in"],
@@ -126,11 +130,10 @@ class Alternating(Solver):
             U = _leading_directions(A * jnp.sqrt(shrink), rank)
             return (_Iterate(U, A, mean + z_mean), best, least), None
 
-        penalties = [penalty for penalty, times in self.schedule for _ in range(times)]
         (last, best, least), _ = jax.lax.scan(
             step,
             (start, start, jnp.asarray(jnp.inf, targets.dtype)),
-            jnp.asarray(penalties, jnp.float32),
+            jnp.asarray(self.penalties, jnp.float32),
         )
         best, _ = _better(best, least, last, true_objective(linear_outputs(last)))
         return linear, factors_of(best.U, best.A, shrink, whitening, best.mean)

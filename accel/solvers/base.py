@@ -93,6 +93,11 @@ class Solver(abc.ABC):
 
     dtype: Literal["float32", "float64"] | None = None
 
+    @property
+    def penalties(self) -> tuple[float, ...]:
+        """λ of each turn of a fit through the activation; none for a linear solver."""
+        return ()
+
     @abc.abstractmethod
     def candidates(
         self,

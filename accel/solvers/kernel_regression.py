@@ -41,6 +41,7 @@ class KernelFit(NamedTuple):
         patch_mean: x̄.
         target_mean: ȳ.
         ridge: ρ.
+        penalty: ρ v, which is part of G.
     """
 
     kernel: Float[Array, "p d"]
@@ -48,6 +49,7 @@ class KernelFit(NamedTuple):
     patch_mean: Float[Array, " p"]
     target_mean: Float[Array, " d"]
     ridge: float
+    penalty: Float[Array, " p"]
 
 
 class Moments(NamedTuple):
@@ -112,22 +114,28 @@ def fit_kernel(
         ]
         all_rows, ridge = fitted.plus(others), ridges[int(np.argmin(errors))]
     best = _solution(all_rows, prior, np.float32(ridge))
+    metric, penalty = _penalized(all_rows, np.float32(ridge))
     return KernelFit(
         best,
-        _penalized(all_rows, np.float32(ridge)),
+        metric,
         jnp.asarray(patch_mean, dtype),
         jnp.asarray(target_mean, dtype),
         ridge,
+        penalty,
     )
 
 
 @jax.jit
-def _penalized(moments: Moments, ridge: Float[Array, ""]) -> Float[Array, "p p"]:
+def _penalized(
+    moments: Moments, ridge: Float[Array, ""]
+) -> tuple[Float[Array, "p p"], Float[Array, " p"]]:
+    """G and its part ρ v."""
     covariance = moments.patches / moments.rows
     variances = jnp.diag(covariance)
     mean = jnp.mean(variances)
     floor = jnp.where(mean > 0, LEAST_VARIANCE * mean, 1)
-    return covariance + ridge * jnp.diag(jnp.maximum(variances, floor))
+    penalty = ridge * jnp.maximum(variances, floor)
+    return covariance + jnp.diag(penalty), penalty
 
 
 @jax.jit
@@ -136,7 +144,7 @@ def _solution(
 ) -> Float[Array, "p d"]:
     """W* = W₀ + G⁻¹ (cov(x, y) - cov(x) W₀): the change is small where W₀ is good already."""
     # Scaled to a diagonal of ones plus ρ, so that units do not matter to the Cholesky factor.
-    metric = _penalized(moments, ridge)
+    metric, _ = _penalized(moments, ridge)
     scale = jax.lax.rsqrt(jnp.diag(metric))
     factor = jax.scipy.linalg.cho_factor(metric * scale * scale[:, None])
     missing = moments.cross - contract("pq,qd->pd", moments.patches, prior)
