@@ -34,7 +34,7 @@ import tyro
 from flax import nnx
 from jaxtyping import Float, Float32, Int32
 from scipy.optimize import minimize
-from scipy.special import logsumexp
+from scipy.special import log_softmax
 
 from accel.checkpoint import save_model
 from accel.configuration import load_config
@@ -116,8 +116,8 @@ def folded(layer: Linear, standardised: Standardisation) -> Linear:
 
 def cross_entropy(layer: Linear, features: Features, labels: Labels) -> float:
     """The mean over images of log Σ_c exp(logits_c) - logits_label."""
-    logits = layer(features)
-    return float(np.mean(logsumexp(logits, axis=1) - logits[np.arange(len(labels)), labels]))
+    log_probabilities = log_softmax(layer(features), axis=1)
+    return -float(np.mean(log_probabilities[np.arange(len(labels)), labels]))
 
 
 def share_correct(layer: Linear, features: Features, labels: Labels) -> float:
@@ -141,10 +141,9 @@ def logistic_regression(
 
     def loss_and_gradient(flat: np.ndarray) -> tuple[float, np.ndarray]:
         layer = layer_of(flat)
-        logits = layer(features)
-        log_sum = logsumexp(logits, axis=1, keepdims=True)
-        loss = np.mean(log_sum[:, 0] - logits[rows, labels])
-        residual = np.exp(logits - log_sum)
+        log_probabilities = log_softmax(layer(features), axis=1)
+        loss = -np.mean(log_probabilities[rows, labels])
+        residual = np.exp(log_probabilities)
         residual[rows, labels] -= 1
         residual /= len(labels)
         gradient = np.vstack(
