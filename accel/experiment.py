@@ -25,6 +25,7 @@ from accel.data import (
     CentreView,
     PixelSource,
     RandomWindows,
+    ResizedImages,
     fashion_calibration_images,
     fashion_test_images,
     idx_images,
@@ -147,6 +148,8 @@ class IdxImages:
         start: The first image to take, counted from the end where it is negative.
         stop: The image to stop before, counted likewise; None for the end.
         preprocessing: Another than that of the bundled network.
+        image_size: Height and width to resize the images to, in RGB, for networks that were trained
+            on photographs (with ``caffe`` or ``torch``); None for grey images as they are.
     """
 
     folder: Path | None = None
@@ -154,6 +157,7 @@ class IdxImages:
     start: int = 0
     stop: int | None = None
     preprocessing: str = "fashion"
+    image_size: int | None = None
 
     def open(self) -> PixelSource:
         """The images with their labels.
@@ -166,12 +170,16 @@ class IdxImages:
         prefix = "train" if self.split == "train" else "t10k"
         images = _plain_or_gzipped(self.folder / f"{prefix}-images-idx3-ubyte")
         labels = _plain_or_gzipped(self.folder / f"{prefix}-labels-idx1-ubyte")
-        whole = idx_images(images, labels, self.preprocessing, class_count=IDX_CLASSES)
+        preprocessing = self.preprocessing if self.image_size is None else "unchanged"
+        whole = idx_images(images, labels, preprocessing, class_count=IDX_CLASSES)
         taken = slice(self.start, self.stop)
         if not range(len(whole))[taken]:
             raise ValueError(f"{images}: no image from {self.start} to {self.stop} of {len(whole)}")
         pixels, classes = whole.read(*taken.indices(len(whole))[:2])
-        return dataclasses.replace(whole, pixels=pixels, labels=classes)
+        part = dataclasses.replace(whole, pixels=pixels, labels=classes)
+        if self.image_size is None:
+            return part
+        return ResizedImages(part, self.image_size, self.preprocessing)
 
 
 Images = BundledImages | FolderImages | IdxImages | TfdsImages

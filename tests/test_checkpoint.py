@@ -7,6 +7,7 @@ from flax import nnx
 
 import accel
 from accel.batch_norm import find_foldable, fold_batch_norm
+from accel.checkpoint import saved_spec
 from accel.models import ModelSpec
 from accel.plan import AccelerationPlan, LayerPlan
 from accel.rewrite import rewrite
@@ -36,6 +37,13 @@ def test_an_accelerated_network_is_rebuilt_from_its_folder_alone(tmp_path):
     again = accel.load_model(tmp_path / "model")
     np.testing.assert_array_equal(again(IMAGES), model(IMAGES))
     assert [file.name for file in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_description_is_read_back_as_it_was(tmp_path):
+    spec = ModelSpec("vgg11", {"num_classes": 3, "hidden_features": (8, 4), "pooled_size": 1})
+    accel.save_model(tmp_path / "model", spec.build(), spec)
+    assert saved_spec(tmp_path / "model") == spec
+    assert spec == ModelSpec(spec.name, {**spec.options, "hidden_features": [8, 4]})
 
 
 def test_a_users_network_is_rebuilt_with_a_builder(tmp_path):

@@ -172,7 +172,9 @@ def test_vgg16_photos_runs_on_a_weight_file_and_a_folder_of_pictures(tmp_path, p
     assert metrics.keys() == {"relative_squared_error", "cosine"}
 
 
-@pytest.mark.parametrize("config", ["vgg16_photos", "vgg16_imagenet", "vgg16_imagenet_folder"])
+@pytest.mark.parametrize(
+    "config", ["vgg16_photos", "vgg16_imagenet", "vgg16_imagenet_folder", "vgg16_probe_fashion"]
+)
 def test_a_config_without_its_files_says_what_is_missing(config, tmp_path, capfd):
     arguments = ["run", str(ROOT / f"configs/{config}.py"), "--out", str(tmp_path / "out")]
     assert main(arguments) == 1

@@ -6,6 +6,7 @@ from accel.data.encoded import EncodedImages
 from accel.data.idx import idx_images
 from accel.data.image_folder import image_folder
 from accel.data.preprocessing import PREPROCESSINGS, preprocess
+from accel.data.resized import ResizedImages
 from accel.data.source import ArrayImages, LabelledSource, PixelSource
 from accel.data.views import CentreView, RandomWindows
 
@@ -18,6 +19,7 @@ __all__ = [
     "LabelledSource",
     "PixelSource",
     "RandomWindows",
+    "ResizedImages",
     "fashion_calibration_images",
     "fashion_test_images",
     "idx_images",

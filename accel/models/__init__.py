@@ -36,10 +36,18 @@ MODELS: dict[str, Callable[..., nnx.Module]] = {
 
 @dataclasses.dataclass(frozen=True)
 class ModelSpec:
-    """What a network is rebuilt from: a name of ``MODELS`` and the builder's keyword options."""
+    """What a network is rebuilt from: a name of ``MODELS`` and the builder's keyword options.
+
+    Lists among the options are kept as tuples, so that a description equals the one that is read
+    back from JSON.
+    """
 
     name: str
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        options = {k: tuple(v) if isinstance(v, list) else v for k, v in self.options.items()}
+        object.__setattr__(self, "options", options)
 
     def build(self, rngs: nnx.Rngs | None = None) -> nnx.Module:
         """Builds the network with fresh parameters (seed 0 without ``rngs``)."""

@@ -135,14 +135,18 @@ class VGG(nnx.Module):
                 outputs[f"relu{name}"] = x
         return outputs
 
-    def __call__(self, images: jax.Array) -> jax.Array:
+    def pooled(self, images: jax.Array) -> jax.Array:
+        """What the classifier is given: features pooled and flattened, ``[batch, features]``."""
         x = self.features(images)
-        if not self.dense_names:
-            return x
         if self.pool_last:
             x = nnx.max_pool(x, (2, 2), strides=(2, 2))
         x = adaptive_average_pool(x, self.pooled_size)
-        x = x.reshape(x.shape[0], -1)
+        return x.reshape(x.shape[0], -1)
+
+    def __call__(self, images: jax.Array) -> jax.Array:
+        if not self.dense_names:
+            return self.features(images)
+        x = self.pooled(images)
         *hidden, last = self.dense_names
         for name in hidden:
             x = self.dropout(nnx.relu(getattr(self, name)(x)))
