@@ -2,7 +2,7 @@
 
 The folder holds
 
-- ``experiment.json``: what was asked for, but for the axes that say which cells there are;
+- ``experiment.json``: what the cells hang on, but for the axes that say which there are;
 - ``environment.json``: the commands that measured something, each with device and versions;
 - ``raw.jsonl``: a line a measured cell, with the number of its environment;
 - ``table.md``: the table, generated from the lines.
@@ -139,8 +139,12 @@ class Table(abc.ABC):
             progress=progress,
         )
 
-    def record(self) -> str:
-        """What is asked for as JSON text, but for the axes.
+    def unused(self) -> set[str]:
+        """Fields of settings that no cell that is asked for hangs on."""
+        return set()
+
+    def record(self) -> dict[str, Any]:
+        """What the cells hang on besides the axes, as JSON data.
 
         Of files and folders only the names: paths tell of one machine.
         """
@@ -150,9 +154,10 @@ class Table(abc.ABC):
         content["experiment"]["weights"] = None if weights is None else Path(weights).name
         for name in VARIED:
             del content["experiment"][name]
-        for name in self.AXES:
+        for name in {*self.AXES, *self.unused()}:
             del content[name]
-        return json.dumps({"table": type(self).__name__, **content}, indent=2, default=str) + "\n"
+        # As JSON gives it back, so that it can be compared: tuples are lists there.
+        return json.loads(json.dumps({"table": type(self).__name__, **content}, default=str))
 
 
 def check_names(kind: str, names: Iterable[str], known: Iterable[str]) -> None:
@@ -179,7 +184,7 @@ def make_table(table: Table, out: Path, command: str, progress: Progress) -> str
         FileExistsError: If ``out`` holds something else; it is left alone.
         ValueError: If what is asked for does not fit.
     """
-    check_folder(table, out)
+    record = folder_record(table, out)
     lines = read_lines(out)
     done = {tuple(line[name] for name in table.KEY) for line in lines}
     cells = table.cells()
@@ -191,7 +196,7 @@ def make_table(table: Table, out: Path, command: str, progress: Progress) -> str
         images = table.experiment.limited(table.experiment.calibration)
         table.check(original, images)
         out.mkdir(parents=True, exist_ok=True)
-        _write(out / "experiment.json", table.record())
+        write_whole(out / "experiment.json", json.dumps(record, indent=2) + "\n")
         environment = _record_environment(out / "environment.json", command)
         progress.say(
             f"{len(cells) - len(wanted)} of {len(cells)} cells are there; writing to {out};"
@@ -202,31 +207,38 @@ def make_table(table: Table, out: Path, command: str, progress: Progress) -> str
             for line in table.measure(original, images, wanted, unfinished, progress):
                 lines.append({**line, "environment": environment})
                 raw = "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines)
-                _write(out / "raw.jsonl", raw)
+                write_whole(out / "raw.jsonl", raw)
                 cell = ", ".join(str(line[name]) for name in table.KEY)
                 progress.say(f"measured: {cell}")
         shutil.rmtree(unfinished, ignore_errors=True)
     text = table.markdown(lines)
-    _write(out / "table.md", text)
+    write_whole(out / "table.md", text)
     return text
 
 
-def check_folder(table: Table, out: Path) -> None:
-    """Makes sure that ``out`` can take the table: new, empty, or begun by the same table.
+def folder_record(table: Table, out: Path) -> dict[str, Any]:
+    """The record of a folder that can take the table: new, empty, or begun by the same table.
+
+    Settings that only what is there, or only what is asked for, hangs on stay and are added: stages
+    with settings of their own can be asked for later.
 
     Raises:
         FileExistsError: If it holds results of another experiment, or anything else.
     """
-    recorded = out / "experiment.json"
+    recorded, asked = out / "experiment.json", table.record()
     if recorded.exists():
-        if recorded.read_text() != table.record():
+        found = json.loads(recorded.read_text())
+        compared = {"table", "experiment", *(found.keys() & asked.keys())}
+        if any(found.get(name) != asked[name] for name in compared):
             raise FileExistsError(
                 f"{out} holds results of another experiment (see {recorded}); choose another --out"
             )
-    elif out.exists() and any(out.iterdir()):
+        return {**found, **asked}
+    if out.exists() and any(out.iterdir()):
         raise FileExistsError(
             f"{out} is not empty and has no {recorded.name}; choose another --out"
         )
+    return asked
 
 
 def read_lines(out: Path) -> list[Line]:
@@ -351,11 +363,11 @@ def _record_environment(file: Path, command: str) -> int:
     environment = {"command": command, "device": device_name(), "versions": versions()}
     if environment not in environments:
         environments.append(environment)
-        _write(file, json.dumps(environments, indent=2) + "\n")
+        write_whole(file, json.dumps(environments, indent=2) + "\n")
     return environments.index(environment)
 
 
-def _write(file: Path, text: str) -> None:
+def write_whole(file: Path, text: str) -> None:
     """Writes a file, whole or not at all."""
     partial = file.with_name(f"{file.name}.partial")
     partial.write_text(text)

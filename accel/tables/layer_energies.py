@@ -12,7 +12,7 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import mean
-from typing import ClassVar
+from typing import ClassVar, final
 
 import numpy as np
 from flax import nnx
@@ -31,6 +31,7 @@ from accel.tables.grid import Cell, Entry, Line, Table, pivot, seeds_text
 DIGITS = 7
 
 
+@final
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LayerEnergies(Table):
     """What is measured (see the module's docstring).

@@ -11,7 +11,7 @@ import dataclasses
 import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, final
 
 from flax import nnx
 
@@ -26,6 +26,7 @@ INPUTS = {"symmetric": False, "asymmetric": True}
 RANKS = {"exact": "exact_energy", "greedy": "greedy_energy", "uniform": "uniform"}
 
 
+@final
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RankSelection(Table):
     """What is compared (see the module's docstring).

@@ -17,7 +17,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, final
 
 import numpy as np
 from flax import nnx
@@ -49,6 +49,7 @@ FITS = {
 ORIGINAL, ACCELERATED = "original", "accelerated"
 
 
+@final
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SingleLayer(Table):
     """What is measured (see the module's docstring).
@@ -107,11 +108,7 @@ class SingleLayer(Table):
                 rules=self.experiment.rules,
             )
             accelerated = reconstruct(
-                calibration,
-                plan,
-                reconstruction="responses",
-                resume=unfinished / f"seed{seed}",
-                progress=progress,
+                calibration, plan, reconstruction="responses", progress=progress
             )
             replaced = dict(named_layers(accelerated.model, (FactorizedConv,)))
             walks = {

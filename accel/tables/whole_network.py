@@ -21,12 +21,12 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, final
 
 import jax
 from flax import nnx
 
-from accel.accelerate import reconstruct
+from accel.accelerate import Result, reconstruct
 from accel.benchmark import latency
 from accel.calibration import ALL_KINDS, Calibration
 from accel.checkpoint import load_model, save_model
@@ -48,6 +48,7 @@ from accel.tables.grid import (
     metric_tables,
     pivot,
     seeds_text,
+    write_whole,
 )
 
 
@@ -76,6 +77,7 @@ STAGES = (PLAIN, "repair", "finetune", "scratch")
 TRAINED = ("finetune", "scratch")
 
 
+@final
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class WholeNetwork(Table):
     """What is compared (see the module's docstring).
@@ -112,6 +114,11 @@ class WholeNetwork(Table):
     def cells(self) -> list[Cell]:
         stages = dict.fromkeys((PLAIN, *self.stages))
         return list(itertools.product(self.seeds, self.methods, self.speedups, stages))
+
+    def unused(self) -> set[str]:
+        stages = set(self.stages)
+        unused = set() if stages.intersection(TRAINED) else {"training"}
+        return unused if "repair" in stages else {*unused, "repair"}
 
     def check(self, original: nnx.Module, images: PixelSource) -> None:
         check_names("method", self.methods, METHODS)
@@ -171,40 +178,23 @@ class WholeNetwork(Table):
     ) -> Iterator[Line]:
         """The stages that are missing of one network."""
         model_folder, line_file = folder / "model", folder / "plain.json"
-        if PLAIN in missing or not line_file.exists():
-            method = METHODS[start.method]
-            began = time.perf_counter()
-            plan = select_ranks(
-                calibration(),
-                start.speedup,
-                rank_selection=method.rank_selection,
-                rules=self.experiment.rules,
-                curves=curves() if method.rank_selection == MEASURED_ERROR else None,
-            )
-            selected = time.perf_counter()
-            result = reconstruct(
-                calibration(), plan, reconstruction=method.reconstruction, progress=progress
-            )
-            line = {
-                **start.line(PLAIN),
-                "macs": dict(result.report.macs),
-                "layers": [dataclasses.asdict(layer) for layer in result.report.layers],
-                "seconds": {**result.report.seconds, "select": selected - began},
-            }
-            if missing != [PLAIN]:
-                shutil.rmtree(folder, ignore_errors=True)
-                save_model(model_folder, result.model, self.experiment.model, plan)
-                # Last: where it is, the model is complete.
-                line_file.write_text(json.dumps(line))
-            if PLAIN in missing:
-                yield self._evaluated(line, start, result.model, timed=True)
+        if not line_file.exists():
+            plain, result = self._accelerated(start, calibration(), curves, progress)
+            if missing == [PLAIN]:
+                yield self._evaluated(plain, start, result.model, timed=True)
+                return
+            shutil.rmtree(model_folder, ignore_errors=True)
+            save_model(model_folder, result.model, self.experiment.model, result.plan)
+            # Last: where the line is, the model is there.
+            write_whole(line_file, json.dumps(plain))
+        plain, model = json.loads(line_file.read_text()), load_model(model_folder)
         for stage in missing:
             if stage == PLAIN:
+                yield self._evaluated(plain, start, model, timed=True)
                 continue
             checkpoints = folder / stage
-            plain = json.loads(line_file.read_text())
             progress.say(f"{start.method}, {start.speedup:g}×, seed {start.seed}: {stage}")
-            model, told = self._stage(stage, start, load_model(model_folder), checkpoints, progress)
+            after, told = self._stage(stage, start, model, checkpoints, progress)
             line = {
                 **start.line(stage),
                 "macs": plain["macs"],
@@ -215,8 +205,38 @@ class WholeNetwork(Table):
                 ],
                 **told,
             }
-            yield self._evaluated(line, start, model, timed=False)
+            yield self._evaluated(line, start, after, timed=False)
             shutil.rmtree(checkpoints, ignore_errors=True)
+
+    def _accelerated(
+        self,
+        start: _Start,
+        calibration: Calibration,
+        curves: Callable[[], dict[str, ErrorCurve]],
+        progress: Progress,
+    ) -> tuple[Line, Result]:
+        """The network as accelerated, and its line but for what is measured of it as a whole."""
+        method = METHODS[start.method]
+        measured = curves() if method.rank_selection == MEASURED_ERROR else None
+        began = time.perf_counter()
+        plan = select_ranks(
+            calibration,
+            start.speedup,
+            rank_selection=method.rank_selection,
+            rules=self.experiment.rules,
+            curves=measured,
+        )
+        selected = time.perf_counter() - began
+        result = reconstruct(
+            calibration, plan, reconstruction=method.reconstruction, progress=progress
+        )
+        line = {
+            **start.line(PLAIN),
+            "macs": dict(result.report.macs),
+            "layers": [dataclasses.asdict(layer) for layer in result.report.layers],
+            "seconds": {**result.report.seconds, "select": selected},
+        }
+        return line, result
 
     def _stage(
         self, stage: str, start: _Start, model: nnx.Module, checkpoints: Path, progress: Progress
