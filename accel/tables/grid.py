@@ -187,7 +187,7 @@ def make_table(table: Table, out: Path, command: str, progress: Progress) -> str
     record = folder_record(table, out)
     lines = read_lines(out)
     done = {tuple(line[name] for name in table.KEY) for line in lines}
-    cells = table.cells()
+    cells = list(dict.fromkeys(table.cells()))
     wanted = [cell for cell in cells if cell not in done]
     if not cells:
         raise ValueError(f"nothing is asked for: one of {', '.join(table.AXES)} is empty")
@@ -208,6 +208,7 @@ def make_table(table: Table, out: Path, command: str, progress: Progress) -> str
                 lines.append({**line, "environment": environment})
                 raw = "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines)
                 write_whole(out / "raw.jsonl", raw)
+                write_whole(out / "table.md", table.markdown(lines))
                 cell = ", ".join(str(line[name]) for name in table.KEY)
                 progress.say(f"measured: {cell}")
         shutil.rmtree(unfinished, ignore_errors=True)

@@ -86,9 +86,10 @@ class WholeNetwork(Table):
         training: How, and on which labelled images, networks are trained; its ``evaluation``,
             ``seed`` and ``from_scratch`` are not looked at, the table says them itself.
         repair: How networks are distilled, on the calibration images.
-        methods: Names of ``METHODS``.
+        methods: What is compared, by name; by default all that are known (``METHODS``).
         speedups: Original over accelerated MACs.
-        stages: Names of ``STAGES``; ``plain``, from which the others start, is always measured.
+        stages: ``plain``, ``repair``, ``finetune``, ``scratch``; ``plain``, from which the others
+            start, is always measured.
     """
 
     AXES: ClassVar = ("seeds", "methods", "speedups", "stages")
