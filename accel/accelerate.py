@@ -245,8 +245,9 @@ def reconstruct(
         digest = _digest(settings, *arrays, *(metric or ()))
         solution = None if resume is None else load_solution(resume, call.path, digest)
         if solution is None:
-            split = _solve(calibration, call, layer, fitted, reconstruction, solver, metric)
-            solution = Solution(split, _held_out_error(calibration, call, layer, seen, split))
+            problem = layer_problem(calibration, call, layer, fitted, solver, metric)
+            split = solve_layer(problem, reconstruction, call.path)
+            solution = Solution(split, held_out_error(calibration, call, layer, seen, split))
             if resume is not None:
                 save_solution(resume, call.path, solution, digest)
         errors[call.path] = solution.response_error
@@ -281,36 +282,47 @@ def _digest(settings: tuple, *arrays: np.ndarray) -> str:
     return digest.hexdigest()
 
 
-def _solve(
+def layer_problem(
     calibration: Calibration,
     call: LayerCall,
     layer: LayerPlan,
     patches: np.ndarray,
-    reconstruction: str,
     solver: Solver,
-    sensitivity: Sensitivity | None,
-) -> Split:
-    """Fits one layer to the images that are used for fitting."""
+    sensitivity: Sensitivity | None = None,
+) -> LayerProblem:
+    """The fitting of one layer to the images that are used for fitting.
+
+    Args:
+        calibration: From ``calibrate``.
+        call: The layer.
+        layer: Its chain and ranks.
+        patches: What it sees of all images, ``[images, positions, p]``.
+        solver: Fits the last factor.
+        sensitivity: Of the layer, from ``measure_sensitivity``.
+    """
     fitting = calibration.fitting
-    positions = patches.shape[1]
-    problem = LayerProblem(
+    return LayerProblem(
         conv=call.layer,
         decomposition=DECOMPOSITIONS[str(layer.decomposition)],
         ranks=layer.ranks,
         patches=_rows(patches[fitting]),
         targets=_rows(calibration.targets[call.path][fitting]),
-        tuning=np.repeat(calibration.tuning[fitting], positions),
+        tuning=np.repeat(calibration.tuning[fitting], patches.shape[1]),
         activation=call.activation,
         solver=solver,
         sensitivity=sensitivity,
     )
+
+
+def solve_layer(problem: LayerProblem, reconstruction: str, path: str) -> Split:
+    """The factors of one layer; what cannot be solved is told with the layer's path."""
     try:
         return RECONSTRUCTIONS[reconstruction](problem)
     except (ValueError, FloatingPointError) as error:
-        raise type(error)(f"{call.path}: {error}") from error
+        raise type(error)(f"{path}: {error}") from error
 
 
-def _held_out_error(
+def held_out_error(
     calibration: Calibration, call: LayerCall, layer: LayerPlan, patches: np.ndarray, split: Split
 ) -> float:
     """``Σ‖r(y) - r(y')‖²/Σ‖r(y)‖²`` on the images that are not used for fitting."""

@@ -1,13 +1,14 @@
-"""The command line: ``accel run``, ``accel finetune`` and ``accel convert``."""
+"""The command line: ``accel run``, ``accel finetune``, ``accel table`` and ``accel convert``."""
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Generic, cast
 
 import jax
 import tyro
@@ -20,23 +21,30 @@ from accel.experiment import Experiment, run
 from accel.finetuning_experiment import Finetuning, run_finetuning
 from accel.models import ModelSpec
 from accel.plan import AccelerationPlan
-from accel.progress import ConsoleProgress
+from accel.progress import ConsoleProgress, LineProgress
 from accel.report.console import summary
+from accel.report.environment import command_text
+from accel.tables import Table, make_table
+from accel.tables.grid import VARIED, TableKind
 from accel.weights import load
 
 USAGE = """\
 usage: accel run CONFIG [--out DIR] [--smoke] [--FIELD VALUE ...]
        accel finetune FOLDER CONFIG [--out DIR] [--smoke] [--FIELD VALUE ...]
+       accel table TABLE [CONFIG ...] [--out DIR] [--smoke] [--FIELD VALUE ...]
        accel convert FILE --model NAME --out DIR [--FIELD VALUE ...]
 
 run      carries out the experiment of a config file and writes its folder:
          report.json, model/, log.txt
 finetune trains the network of such a folder on labelled images, as a config
          file says, and writes a new folder
+table    measures a table of configs/paper/, of its own experiment (and
+         training) or of those in the config files that follow, and writes
+         or completes its folder: raw.jsonl, table.md
 convert  makes a model folder of a weight file (.safetensors, .pth, .h5, .onnx)
 
-accel run CONFIG --help, accel finetune FOLDER CONFIG --help and
-accel convert --help list the fields.
+accel run CONFIG --help, accel finetune FOLDER CONFIG --help, accel table
+TABLE --help and accel convert --help list the fields.
 """
 
 
@@ -66,6 +74,21 @@ class Finetune:
     """
 
     finetuning: Annotated[tyro.conf.AvoidSubcommands[Finetuning], tyro.conf.arg(name="")]
+    out: Path | None = None
+    smoke: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class MakeTable(Generic[TableKind]):
+    """A table, and where its results go.
+
+    Attributes:
+        table: What to measure.
+        out: The folder to write or to complete; by default one in results/ with today's date.
+        smoke: Cut everything down to see whether it works; the figures mean nothing.
+    """
+
+    table: Annotated[tyro.conf.AvoidSubcommands[TableKind], tyro.conf.arg(name="")]
     out: Path | None = None
     smoke: bool = False
 
@@ -101,6 +124,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _run(Path(rest[0]), rest[1:])
         if command == "finetune" and len(rest) > 1 and not rest[1].startswith("-"):
             return _finetune(Path(rest[0]), Path(rest[1]), rest[2:])
+        if command == "table" and rest and not rest[0].startswith("-"):
+            return _table(rest)
         if command == "convert":
             return _convert(tyro.cli(Convert, args=rest, prog="accel convert"))
     except (ValueError, OSError, ArithmeticError) as error:
@@ -141,6 +166,30 @@ def _finetune(folder: Path, config: Path, arguments: Sequence[str]) -> int:
     with ConsoleProgress() as progress:
         report = run_finetuning(finetuning, folder, out, progress)
     print(report.text())
+    print(f"results in {out}")
+    return 0
+
+
+def _table(rest: Sequence[str]) -> int:
+    files = [Path(name) for name in itertools.takewhile(lambda a: not a.startswith("-"), rest)]
+    table = load_config(files[0], Table)
+    for file in files[1:]:
+        table = table.with_config(load_config(file, object))
+    asked = tyro.cli(
+        # One dataclass for every kind of table: the fields of the kind at hand are on the line.
+        cast(Any, MakeTable)[type(table)],
+        args=rest[len(files) :],
+        default=MakeTable(table),
+        prog=f"accel table {' '.join(map(str, files))}",
+    )
+    for name in VARIED:
+        if getattr(asked.table.experiment, name) != getattr(table.experiment, name):
+            raise ValueError(f"--{name.replace('_', '-')} has no effect: the table says it itself")
+    name = "_".join(file.stem for file in files)
+    dated = Path("results") / f"{time.strftime('%Y-%m-%d')}_{name}"
+    made = asked.table.smoke() if asked.smoke else asked.table
+    out = asked.out or (_new_folder(files[0]) if asked.smoke else dated)
+    print(make_table(made, out, command_text(["accel", "table", *rest]), LineProgress()))
     print(f"results in {out}")
     return 0
 

@@ -20,7 +20,14 @@ from accel.checkpoint import load_model, save_model, saved_plan, saved_spec
 from accel.data import FlipAndShift, PixelSource
 from accel.evaluation import accuracy
 from accel.experiment import Images, begin_folder
-from accel.finetune import Epoch, Optimizer, Precision, check_settings, finetune
+from accel.finetune import (
+    Epoch,
+    FinetuneResult,
+    Optimizer,
+    Precision,
+    check_settings,
+    finetune,
+)
 from accel.progress import Progress
 from accel.reinitialize import reinitialized
 from accel.report.environment import device_name, versions
@@ -79,6 +86,38 @@ class Finetuning:
         """The images, no more than ``image_limit``."""
         source = images.open()
         return source if self.image_limit is None else source.first(self.image_limit)
+
+    def check(self) -> None:
+        """Raises ValueError where a setting is not one that training can have."""
+        check_settings(
+            self.epochs,
+            self.learning_rate,
+            self.batch_size,
+            self.weight_decay,
+            self.clip_norm,
+            self.warmup,
+        )
+
+    def train(self, model: nnx.Module, resume: Path, progress: Progress) -> FinetuneResult:
+        """``accel.finetune`` as the settings say, from ``model`` as it is."""
+        return finetune(
+            model,
+            self.limited(self.images),
+            evaluation=self.held_back and self.limited(self.held_back),
+            epochs=self.epochs,
+            learning_rate=self.learning_rate,
+            batch_size=self.batch_size,
+            optimizer=self.optimizer,
+            weight_decay=self.weight_decay,
+            clip_norm=self.clip_norm,
+            warmup=self.warmup,
+            augmentation=FlipAndShift(self.flip, self.shift),
+            precision=self.precision,
+            seed=self.seed,
+            resume=resume,
+            checkpoint_seconds=self.checkpoint_seconds,
+            progress=progress,
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,43 +187,23 @@ def run_finetuning(
     start = time.perf_counter()
     if out.exists():
         raise FileExistsError(f"{out} exists already; nothing is overwritten")
-    check_settings(
-        finetuning.epochs,
-        finetuning.learning_rate,
-        finetuning.batch_size,
-        finetuning.weight_decay,
-        finetuning.clip_norm,
-        finetuning.warmup,
-    )
+    finetuning.check()
     model_folder = folder / "model" if (folder / "model").is_dir() else folder
     model, spec, plan = load_model(model_folder), saved_spec(model_folder), saved_plan(model_folder)
-    images = finetuning.limited(finetuning.images)
-    held_back = finetuning.held_back and finetuning.limited(finetuning.held_back)
+    for watched in (finetuning.images, finetuning.held_back):
+        if watched is not None:
+            watched.open()  # What is wrong with it shows now.
     evaluation = finetuning.limited(finetuning.evaluation)
-    augmentation = FlipAndShift(finetuning.flip, finetuning.shift)
     asked = dataclasses.asdict(finetuning)
     record = json.dumps({"model": str(folder), **asked}, indent=2, default=str) + "\n"
     partial = begin_folder(record, out)
     progress.say(f"writing to {out}; if stopped, it goes on when called again with --out {out}")
     before = _accuracy(model, evaluation)
     trained_from = time.perf_counter()
-    result = finetune(
+    result = finetuning.train(
         reinitialized(model, finetuning.seed) if finetuning.from_scratch else model,
-        images,
-        evaluation=held_back,
-        epochs=finetuning.epochs,
-        learning_rate=finetuning.learning_rate,
-        batch_size=finetuning.batch_size,
-        optimizer=finetuning.optimizer,
-        weight_decay=finetuning.weight_decay,
-        clip_norm=finetuning.clip_norm,
-        warmup=finetuning.warmup,
-        augmentation=augmentation,
-        precision=finetuning.precision,
-        seed=finetuning.seed,
-        resume=partial / "training",
-        checkpoint_seconds=finetuning.checkpoint_seconds,
-        progress=progress,
+        partial / "training",
+        progress,
     )
     trained = time.perf_counter()
     progress.say("evaluating")

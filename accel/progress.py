@@ -25,6 +25,13 @@ class Progress:
         """What the work that was begun last is at now."""
 
 
+class LineProgress(Progress):
+    """What is said, as plain lines: for runs of so many parts that bars would fill the console."""
+
+    def say(self, text: str) -> None:
+        print(text, flush=True)
+
+
 class ConsoleProgress(Progress):
     """Progress bars on the console, used as a context manager."""
 

@@ -2,7 +2,10 @@ import importlib.util
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+
+from accel.data import fashion_test_images
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"
 
@@ -20,3 +23,17 @@ def script(monkeypatch):
         return module
 
     return load
+
+
+@pytest.fixture(scope="session")
+def idx_files(tmp_path_factory):
+    """A training set in Fashion-MNIST's format, large enough that 3,000 images can be held back."""
+    folder = tmp_path_factory.mktemp("idx")
+    pixels, labels = fashion_test_images().read(0, 3_100)
+    for name, array in (
+        ("train-images-idx3-ubyte", pixels[..., 0]),
+        ("train-labels-idx1-ubyte", labels.astype(np.uint8)),
+    ):
+        header = bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">u4").tobytes()
+        (folder / name).write_bytes(header + array.tobytes())
+    return folder

@@ -82,20 +82,6 @@ def test_fields_are_overridden_and_recorded(tmp_path):
     assert report["settings"]["seed"] == 3
 
 
-@pytest.fixture(scope="module")
-def idx_files(tmp_path_factory):
-    """A training set in Fashion-MNIST's format, large enough that 3,000 images can be held back."""
-    folder = tmp_path_factory.mktemp("idx")
-    pixels, labels = fashion_test_images().read(0, 3_100)
-    for name, array in (
-        ("train-images-idx3-ubyte", pixels[..., 0]),
-        ("train-labels-idx1-ubyte", labels.astype(np.uint8)),
-    ):
-        header = bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">u4").tobytes()
-        (folder / name).write_bytes(header + array.tobytes())
-    return folder
-
-
 def test_finetune_takes_a_folder_of_run_and_writes_another(quickstart, idx_files, tmp_path, capfd):
     out = tmp_path / "out"
     command = ["finetune", str(quickstart), str(ROOT / "configs/finetune_fashion.py"), "--smoke"]

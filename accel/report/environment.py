@@ -6,6 +6,7 @@ import os
 import platform
 import shlex
 import sys
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 
@@ -35,9 +36,18 @@ def versions() -> dict[str, str]:
 
 
 def command_line() -> str:
-    """The command that is running; of absolute paths, which tell of one machine, only the name."""
-    arguments = (Path(a).name if Path(a).is_absolute() else a for a in sys.argv)
-    return shlex.join(["python", *arguments])
+    """The script that is running; of absolute paths, which tell of one machine, only the name."""
+    return command_text(["python", *sys.argv])
+
+
+def command_text(arguments: Sequence[str]) -> str:
+    """A command as it is typed; of absolute paths, which tell of one machine, only the name."""
+
+    def named(argument: str) -> str:
+        option, equals, value = argument.rpartition("=")
+        return option + equals + (Path(value).name if Path(value).is_absolute() else value)
+
+    return shlex.join([named(argument) for argument in arguments])
 
 
 def _processor() -> str:

@@ -1,0 +1,384 @@
+"""The frame of a table: cells that are measured one by one, and the folder that keeps them.
+
+The folder holds
+
+- ``experiment.json``: what the cells hang on, but for the axes that say which there are;
+- ``environment.json``: the commands that measured something, each with device and versions;
+- ``raw.jsonl``: a line a measured cell, with the number of its environment;
+- ``table.md``: the table, generated from the lines.
+
+A cell is recorded as soon as it is measured. When the same table is called again with the same
+folder it goes on with the cells that are missing, with more speedups, seeds, … if wanted.
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import json
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Annotated, Any, ClassVar, NamedTuple, TypeVar
+
+import jax
+import tyro
+from flax import nnx
+from jax.experimental.compilation_cache import compilation_cache
+
+from accel.calibration import Calibration, calibrate
+from accel.data import PixelSource
+from accel.experiment import Experiment
+from accel.finetuning_experiment import Finetuning
+from accel.progress import Progress
+from accel.report.environment import device_name, versions
+
+Cell = tuple[Any, ...]
+Line = dict[str, Any]
+TableKind = TypeVar("TableKind", bound="Table")
+
+# What tables vary, or say themselves; the experiment's own values are not looked at.
+VARIED = (
+    *("speedup", "decompositions", "reconstruction", "solver", "asymmetric"),
+    *("rank_selection", "seed", "distillation"),
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Table(abc.ABC):
+    """A table: what is varied, and the experiment that it is varied in.
+
+    Attributes:
+        experiment: Network, weights, images and metrics; what a table varies (``VARIED``) is not
+            looked at.
+        seeds: Seeds of all that is drawn.
+        AXES: The fields that say which cells there are.
+        KEY: The fields of a line that tell its cell from the others.
+    """
+
+    AXES: ClassVar[tuple[str, ...]]
+    KEY: ClassVar[tuple[str, ...]]
+
+    experiment: Annotated[tyro.conf.AvoidSubcommands[Experiment], tyro.conf.arg(name="")]
+    seeds: tuple[int, ...] = (0,)
+
+    @abc.abstractmethod
+    def smoke(self: TableKind) -> TableKind:
+        """The same, cut down to well under a minute: its figures mean nothing."""
+
+    @abc.abstractmethod
+    def cells(self) -> list[Cell]:
+        """All cells that are asked for, each the values of ``KEY``."""
+
+    @abc.abstractmethod
+    def check(self, original: nnx.Module, images: PixelSource) -> None:
+        """Looks for mistakes before the long work.
+
+        Raises:
+            ValueError: If a name is unknown, or something does not fit the network.
+        """
+
+    @abc.abstractmethod
+    def measure(
+        self,
+        original: nnx.Module,
+        images: PixelSource,
+        wanted: Sequence[Cell],
+        unfinished: Path,
+        progress: Progress,
+    ) -> Iterator[Line]:
+        """Measures cells; a line each, in any order.
+
+        Args:
+            original: The original network.
+            images: The calibration images.
+            wanted: The cells to measure.
+            unfinished: A folder for what an interrupted run goes on from. What belongs to a cell is
+                still needed when its line is handed out, and no more when the next is asked for.
+            progress: Receives what the run is doing.
+        """
+
+    @abc.abstractmethod
+    def markdown(self, lines: Sequence[Line]) -> str:
+        """The table of these lines, one or more."""
+
+    def with_config(self: TableKind, config: object) -> TableKind:
+        """The same table of another experiment or with another training.
+
+        Raises:
+            ValueError: If the config is neither, or the table trains nothing.
+        """
+        name = {Experiment: "experiment", Finetuning: "training"}.get(type(config))
+        if name is None or name not in {field.name for field in dataclasses.fields(self)}:
+            raise ValueError(
+                f"a config of the type {type(config).__name__} has no place in a"
+                f" {type(self).__name__} table"
+            )
+        return dataclasses.replace(self, **{name: config})
+
+    def calibrate(
+        self,
+        original: nnx.Module,
+        images: PixelSource,
+        decompositions: str | Sequence[str],
+        seed: int,
+        progress: Progress,
+    ) -> Calibration:
+        """``accel.calibrate`` as the experiment says."""
+        return calibrate(
+            original,
+            images,
+            decompositions=decompositions,
+            positions_per_image=self.experiment.positions_per_image,
+            batch_size=self.experiment.batch_size,
+            seed=seed,
+            rules=self.experiment.rules,
+            progress=progress,
+        )
+
+    def unused(self) -> set[str]:
+        """Fields of settings that no cell that is asked for hangs on."""
+        return set()
+
+    def record(self) -> dict[str, Any]:
+        """What the cells hang on besides the axes, as JSON data.
+
+        Of files and folders only the names: paths tell of one machine.
+        """
+        named = _without_folders(self)
+        weights = named.experiment.weights
+        content = dataclasses.asdict(named)
+        content["experiment"]["weights"] = None if weights is None else Path(weights).name
+        for name in VARIED:
+            del content["experiment"][name]
+        for name in {*self.AXES, *self.unused()}:
+            del content[name]
+        # As JSON gives it back, so that it can be compared: tuples are lists there.
+        return json.loads(json.dumps({"table": type(self).__name__, **content}, default=str))
+
+
+def check_names(kind: str, names: Iterable[str], known: Iterable[str]) -> None:
+    """Raises ValueError, with the known names listed, where one of the names is not known."""
+    known = tuple(known)
+    for name in names:
+        if name not in known:
+            raise ValueError(f"unknown {kind} {name!r}; known: {', '.join(map(repr, known))}")
+
+
+def make_table(table: Table, out: Path, command: str, progress: Progress) -> str:
+    """Measures what is missing of a table and writes its folder (see the module's docstring).
+
+    Args:
+        table: What to measure.
+        out: The folder, new or left of the same table.
+        command: The command that is running, for the record.
+        progress: Receives what the run is doing.
+
+    Returns:
+        The table, as in ``table.md``.
+
+    Raises:
+        FileExistsError: If ``out`` holds something else; it is left alone.
+        ValueError: If what is asked for does not fit.
+    """
+    record = folder_record(table, out)
+    lines = read_lines(out)
+    done = {tuple(line[name] for name in table.KEY) for line in lines}
+    cells = list(dict.fromkeys(table.cells()))
+    wanted = [cell for cell in cells if cell not in done]
+    if not cells:
+        raise ValueError(f"nothing is asked for: one of {', '.join(table.AXES)} is empty")
+    if wanted:
+        original = table.experiment.load_model()
+        images = table.experiment.limited(table.experiment.calibration)
+        table.check(original, images)
+        out.mkdir(parents=True, exist_ok=True)
+        write_whole(out / "experiment.json", json.dumps(record, indent=2) + "\n")
+        environment = _record_environment(out / "environment.json", command)
+        progress.say(
+            f"{len(cells) - len(wanted)} of {len(cells)} cells are there; writing to {out};"
+            f" if stopped, it goes on when called again with --out {out}"
+        )
+        unfinished = out / "unfinished"
+        with _shared_compilations():
+            for line in table.measure(original, images, wanted, unfinished, progress):
+                lines.append({**line, "environment": environment})
+                raw = "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines)
+                write_whole(out / "raw.jsonl", raw)
+                write_whole(out / "table.md", table.markdown(lines))
+                cell = ", ".join(str(line[name]) for name in table.KEY)
+                progress.say(f"measured: {cell}")
+        shutil.rmtree(unfinished, ignore_errors=True)
+    text = table.markdown(lines)
+    write_whole(out / "table.md", text)
+    return text
+
+
+def folder_record(table: Table, out: Path) -> dict[str, Any]:
+    """The record of a folder that can take the table: new, empty, or begun by the same table.
+
+    Settings that only what is there, or only what is asked for, hangs on stay and are added: stages
+    with settings of their own can be asked for later.
+
+    Raises:
+        FileExistsError: If it holds results of another experiment, or anything else.
+    """
+    recorded, asked = out / "experiment.json", table.record()
+    if recorded.exists():
+        found = json.loads(recorded.read_text())
+        compared = {"table", "experiment", *(found.keys() & asked.keys())}
+        if any(found.get(name) != asked[name] for name in compared):
+            raise FileExistsError(
+                f"{out} holds results of another experiment (see {recorded}); choose another --out"
+            )
+        return {**found, **asked}
+    if out.exists() and any(out.iterdir()):
+        raise FileExistsError(
+            f"{out} is not empty and has no {recorded.name}; choose another --out"
+        )
+    return asked
+
+
+def read_lines(out: Path) -> list[Line]:
+    """The lines that were measured so far."""
+    raw = out / "raw.jsonl"
+    return [json.loads(line) for line in raw.read_text().splitlines()] if raw.exists() else []
+
+
+class Entry(NamedTuple):
+    """A figure, and where in a table it belongs.
+
+    Attributes:
+        row: What stands at the head of its row.
+        column: Columns are sorted by it.
+        seed: Entries of one place that differ in their seed only are summed up.
+    """
+
+    row: tuple[str, ...]
+    column: float
+    seed: int
+    value: float
+
+
+def pivot(
+    names: Sequence[str],
+    entries: Sequence[Entry],
+    column_name: Callable[[float], str],
+    form: str = ".4f",
+) -> str:
+    """Entries as a Markdown table, rows in the order of their first entry.
+
+    In each place the mean over seeds and, where there are several, their standard deviation; a
+    place with fewer seeds than others says so, one without any is empty.
+    """
+    values: dict[tuple[tuple[str, ...], float], dict[int, float]] = {}
+    for entry in entries:
+        values.setdefault((entry.row, entry.column), {})[entry.seed] = entry.value
+    columns = sorted({entry.column for entry in entries})
+    seeds = {entry.seed for entry in entries}
+
+    def place(row: tuple[str, ...], column: float) -> str:
+        found = values.get((row, column), {})
+        if not found:
+            return ""
+        text = f"{mean(found.values()):{form}}"
+        if len(found) > 1:
+            text += f" ± {stdev(found.values()):{form}}"
+        return text + (f" ({len(found)} of {len(seeds)} seeds)" if len(found) < len(seeds) else "")
+
+    header = [*names, *(column_name(column) for column in columns)]
+    text = [_row(header), "|" + "---|" * len(names) + "--:|" * len(columns)]
+    for row in dict.fromkeys(entry.row for entry in entries):
+        text.append(_row([*row, *(place(row, column) for column in columns)]))
+    return "\n".join(text) + "\n"
+
+
+def seeds_text(lines: Sequence[Line]) -> str:
+    """Over which seeds the means of a table are taken, in words."""
+    seeds = sorted({line["seed"] for line in lines})
+    if len(seeds) == 1:
+        return f"seed {seeds[0]}"
+    return f"mean ± standard deviation over seeds {', '.join(map(str, seeds))}"
+
+
+def metric_tables(
+    lines: Sequence[Line], names: Sequence[str], row_of: Callable[[Line], tuple[str, ...]]
+) -> list[str]:
+    """For every metric a table with a column a speedup.
+
+    Args:
+        lines: With ``seed``, ``speedup`` and ``metrics``, in the order of rows.
+        names: Names of what stands at the head of a row.
+        row_of: The head of a line's row.
+    """
+    text = []
+    for metric in dict.fromkeys(metric for line in lines for metric in line["metrics"]):
+        having = [line for line in lines if metric in line["metrics"]]
+        entries = [
+            Entry(
+                row_of(line),
+                line["speedup"],
+                line["seed"],
+                line["metrics"][metric]["accelerated"],
+            )
+            for line in having
+        ]
+        before = having[0]["metrics"][metric].get("original")
+        heading = f"**{metric}**, {seeds_text(having)}"
+        heading += f"; original {before:.4f}" if before is not None else ""
+        text += [heading + "\n", pivot(names, entries, lambda speedup: f"{speedup:g}×")]
+    return text
+
+
+@contextmanager
+def _shared_compilations() -> Iterator[None]:
+    """Keeps what is compiled in a folder: cells of one plan make the same functions anew."""
+    with tempfile.TemporaryDirectory() as folder:
+        settings = {
+            "jax_compilation_cache_dir": folder,
+            "jax_persistent_cache_min_compile_time_secs": 0.0,
+            "jax_persistent_cache_min_entry_size_bytes": -1,
+        }
+        before = {name: getattr(jax.config, name) for name in settings}
+        try:
+            for name, value in settings.items():
+                jax.config.update(name, value)
+            compilation_cache.reset_cache()
+            yield
+        finally:
+            for name, value in before.items():
+                jax.config.update(name, value)
+            compilation_cache.reset_cache()
+
+
+def _row(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def _record_environment(file: Path, command: str) -> int:
+    """Puts the environment at hand into the file, where it is new; returns its number."""
+    environments = json.loads(file.read_text()) if file.exists() else []
+    environment = {"command": command, "device": device_name(), "versions": versions()}
+    if environment not in environments:
+        environments.append(environment)
+        write_whole(file, json.dumps(environments, indent=2) + "\n")
+    return environments.index(environment)
+
+
+def write_whole(file: Path, text: str) -> None:
+    """Writes a file, whole or not at all."""
+    partial = file.with_name(f"{file.name}.partial")
+    partial.write_text(text)
+    partial.replace(file)
+
+
+def _without_folders(value: Any) -> Any:
+    if isinstance(value, Path):
+        return Path(value.name)
+    if not dataclasses.is_dataclass(value) or isinstance(value, type):
+        return value
+    fields = {f.name: _without_folders(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    return dataclasses.replace(value, **fields)

@@ -1,0 +1,356 @@
+"""Whole networks at equal MACs: rivals that see no image, the paper's chains, the best of all.
+
+Each method accelerates the network at every speedup (``plain``); what it gave can then be distilled
+from the original without labels (``repair``), trained further on labelled images (``finetune``),
+and, as the paper's control, trained from fresh parameters (``scratch``).
+
+One calibration for each seed and set of decompositions, and one set of error curves, serve all
+speedups. The plain network of a cell is kept in the folder as long as a stage has to start from it:
+a run that was stopped in hours of training does not calibrate again, and all stages start from the
+same file. Where it is gone, because stages were asked for later, it is made once more by its seed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import json
+import re
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, final
+
+import jax
+from flax import nnx
+
+from accel.accelerate import Result, reconstruct
+from accel.benchmark import latency
+from accel.calibration import ALL_KINDS, Calibration
+from accel.checkpoint import load_model, save_model
+from accel.data import PixelSource
+from accel.error_curves import ErrorCurve
+from accel.evaluation.accuracy import output_classes
+from accel.evaluation.forward import forward_function, output_shape
+from accel.finetuning_experiment import Finetuning
+from accel.progress import Progress
+from accel.reconstruction import JOINT
+from accel.reinitialize import reinitialized
+from accel.repair import Distillation, distill
+from accel.selection import MEASURED_ERROR, measure_errors, measure_sensitivity, select_ranks
+from accel.sensitivity import Sensitivity
+from accel.tables.grid import (
+    Cell,
+    Entry,
+    Line,
+    Table,
+    check_names,
+    metric_tables,
+    pivot,
+    seeds_text,
+    write_whole,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """What replaces the layers, how it is fitted, and how ranks are chosen."""
+
+    decompositions: tuple[str, ...]
+    reconstruction: str
+    rank_selection: str
+
+
+METHODS: Mapping[str, Method] = {
+    "weight SVD": Method(("channel",), "weights", "exact_energy"),
+    "Tucker-2": Method(("tucker2",), "weights", "exact_energy"),
+    "Jaderberg": Method(("spatial",), "weights", "exact_energy"),
+    "Jaderberg, responses": Method(("spatial",), "responses", "exact_energy"),
+    "paper, channel": Method(("channel",), "responses", "greedy_energy"),
+    "paper, 3d": Method(("channel_spatial",), "responses", "greedy_energy"),
+    "ours": Method(ALL_KINDS, "joint", MEASURED_ERROR),
+}
+
+PLAIN = "plain"
+STAGES = (PLAIN, "repair", "finetune", "scratch")
+# Those that need labelled images.
+TRAINED = ("finetune", "scratch")
+
+
+@final
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WholeNetwork(Table):
+    """What is compared (see the module's docstring).
+
+    Attributes:
+        training: How, and on which labelled images, networks are trained; its ``evaluation``,
+            ``seed`` and ``from_scratch`` are not looked at, the table says them itself.
+        repair: How networks are distilled, on the calibration images.
+        methods: What is compared, by name; by default all that are known (``METHODS``).
+        speedups: Original over accelerated MACs.
+        stages: ``plain``, ``repair``, ``finetune``, ``scratch``; ``plain``, from which the others
+            start, is always measured.
+    """
+
+    AXES: ClassVar = ("seeds", "methods", "speedups", "stages")
+    KEY: ClassVar = ("seed", "method", "speedup", "stage")
+
+    training: Finetuning
+    repair: Distillation = dataclasses.field(default_factory=Distillation)
+    methods: tuple[str, ...] = tuple(METHODS)
+    speedups: tuple[float, ...] = (2.0, 3.0, 4.0, 5.0)
+    stages: tuple[str, ...] = (PLAIN,)
+
+    def smoke(self) -> WholeNetwork:
+        return dataclasses.replace(
+            self,
+            experiment=self.experiment.smoke(),
+            training=self.training.smoke(),
+            repair=dataclasses.replace(self.repair, epochs=1),
+            seeds=self.seeds[:1],
+            methods=self.methods[:1],
+            speedups=self.speedups[:1],
+        )
+
+    def cells(self) -> list[Cell]:
+        stages = dict.fromkeys((PLAIN, *self.stages))
+        return list(itertools.product(self.seeds, self.methods, self.speedups, stages))
+
+    def unused(self) -> set[str]:
+        stages = set(self.stages)
+        unused = set() if stages.intersection(TRAINED) else {"training"}
+        return unused if "repair" in stages else {*unused, "repair"}
+
+    def check(self, original: nnx.Module, images: PixelSource) -> None:
+        check_names("method", self.methods, METHODS)
+        check_names("stage", self.stages, STAGES)
+        self.experiment.limited(self.experiment.evaluation)
+        if not set(self.stages).intersection(TRAINED):
+            return
+        self.training.check()
+        batch = jax.ShapeDtypeStruct((1, *images.image_shape), "float32")
+        name = type(original).__name__
+        shape = output_shape(*forward_function(original), batch, name)
+        for labelled in (self.training.images, self.training.held_back):
+            if labelled is not None:
+                output_classes(shape, name, self.training.limited(labelled))
+
+    def measure(
+        self,
+        original: nnx.Module,
+        images: PixelSource,
+        wanted: Sequence[Cell],
+        unfinished: Path,
+        progress: Progress,
+    ) -> Iterator[Line]:
+        before = self.experiment.accuracy(original)
+        # Methods with the same decompositions follow each other: one calibration at a time is held.
+        order = {kinds: i for i, kinds in enumerate(METHODS[m].decompositions for m in METHODS)}
+        ordered = sorted(wanted, key=lambda c: (c[0], order[METHODS[c[1]].decompositions]))
+        for (seed, kinds), group in itertools.groupby(
+            ordered, key=lambda c: (c[0], METHODS[c[1]].decompositions)
+        ):
+            # Only called where a network has to be made: those of a stopped run may all be there.
+            calibration = functools.cache(
+                functools.partial(self.calibrate, original, images, kinds, seed, progress)
+            )
+            sensitivity = functools.cache(
+                lambda c=calibration: measure_sensitivity(c(), progress=progress)
+            )
+            curves = functools.cache(
+                lambda c=calibration, s=sensitivity: measure_errors(c(), s(), progress=progress)
+            )
+            for (method, speedup), cells in itertools.groupby(group, key=lambda c: c[1:3]):
+                missing = [stage for *_, stage in cells]
+                folder = unfinished / _folder_name(seed, method, speedup)
+                yield from self._measure_one(
+                    _Start(original, images, before, seed, method, speedup),
+                    missing,
+                    calibration,
+                    sensitivity,
+                    curves,
+                    folder,
+                    progress,
+                )
+                shutil.rmtree(folder, ignore_errors=True)
+
+    def _measure_one(
+        self,
+        start: _Start,
+        missing: Sequence[str],
+        calibration: Callable[[], Calibration],
+        sensitivity: Callable[[], dict[str, Sensitivity]],
+        curves: Callable[[], dict[str, ErrorCurve]],
+        folder: Path,
+        progress: Progress,
+    ) -> Iterator[Line]:
+        """The stages that are missing of one network."""
+        model_folder, line_file = folder / "model", folder / "plain.json"
+        if not line_file.exists():
+            plain, result = self._accelerated(start, calibration(), sensitivity, curves, progress)
+            if missing == [PLAIN]:
+                yield self._evaluated(plain, start, result.model, timed=True)
+                return
+            shutil.rmtree(model_folder, ignore_errors=True)
+            save_model(model_folder, result.model, self.experiment.model, result.plan)
+            # Last: where the line is, the model is there.
+            write_whole(line_file, json.dumps(plain))
+        plain, model = json.loads(line_file.read_text()), load_model(model_folder)
+        for stage in missing:
+            if stage == PLAIN:
+                yield self._evaluated(plain, start, model, timed=True)
+                continue
+            checkpoints = folder / stage
+            progress.say(f"{start.method}, {start.speedup:g}×, seed {start.seed}: {stage}")
+            after, told = self._stage(stage, start, model, checkpoints, progress)
+            line = {
+                **start.line(stage),
+                "macs": plain["macs"],
+                # The errors of single layers are those of the plain network.
+                "layers": [
+                    {name: value for name, value in layer.items() if name != "response_error"}
+                    for layer in plain["layers"]
+                ],
+                **told,
+            }
+            yield self._evaluated(line, start, after, timed=False)
+            shutil.rmtree(checkpoints, ignore_errors=True)
+
+    def _accelerated(
+        self,
+        start: _Start,
+        calibration: Calibration,
+        sensitivity: Callable[[], dict[str, Sensitivity]],
+        curves: Callable[[], dict[str, ErrorCurve]],
+        progress: Progress,
+    ) -> tuple[Line, Result]:
+        """The network as accelerated, and its line but for what is measured of it as a whole."""
+        method = METHODS[start.method]
+        measured = curves() if method.rank_selection == MEASURED_ERROR else None
+        began = time.perf_counter()
+        plan = select_ranks(
+            calibration,
+            start.speedup,
+            rank_selection=method.rank_selection,
+            rules=self.experiment.rules,
+            curves=measured,
+        )
+        selected = time.perf_counter() - began
+        result = reconstruct(
+            calibration,
+            plan,
+            reconstruction=method.reconstruction,
+            sensitivity=sensitivity() if method.reconstruction == JOINT else None,
+            progress=progress,
+        )
+        line = {
+            **start.line(PLAIN),
+            "macs": dict(result.report.macs),
+            "layers": [dataclasses.asdict(layer) for layer in result.report.layers],
+            "seconds": {**result.report.seconds, "select": selected},
+        }
+        return line, result
+
+    def _stage(
+        self, stage: str, start: _Start, model: nnx.Module, checkpoints: Path, progress: Progress
+    ) -> tuple[nnx.Module, Line]:
+        """The network after a stage, and what there is to tell of it."""
+        if stage == "repair":
+            distilled = distill(
+                start.original,
+                model,
+                start.images,
+                settings=self.repair,
+                seed=start.seed,
+                resume=checkpoints,
+                progress=progress,
+            )
+            history = [dataclasses.asdict(epoch) for epoch in distilled.history]
+            told = {"best_epoch": distilled.best, "seconds": {stage: distilled.seconds}}
+            return distilled.model, {"history": history, **told}
+        training = dataclasses.replace(self.training, seed=start.seed)
+        trained = training.train(
+            reinitialized(model, start.seed) if stage == "scratch" else model,
+            checkpoints,
+            progress,
+        )
+        seconds = sum(epoch.seconds for epoch in trained.history)
+        history = [dataclasses.asdict(epoch) for epoch in trained.history]
+        return trained.model, {"history": history, "seconds": {stage: seconds}}
+
+    def _evaluated(self, line: Line, start: _Start, model: nnx.Module, *, timed: bool) -> Line:
+        """The line with metrics and, where ``timed``, the latency.
+
+        Stages leave the network's shape as it is, so that timing the plain one is enough.
+        """
+        began = time.perf_counter()
+        metrics = self.experiment.evaluate(start.original, model, start.before)
+        seconds = {**line["seconds"], "evaluate": time.perf_counter() - began}
+        times: dict[str, Any] = {}
+        if timed and self.experiment.latency_batches:
+            times["latency"] = latency(
+                start.original,
+                model,
+                start.images.image_shape,
+                batch_sizes=self.experiment.latency_batches,
+                seconds=self.experiment.latency_seconds,
+            )
+        return {**line, "metrics": metrics, "seconds": seconds, **times}
+
+    def markdown(self, lines: Sequence[Line]) -> str:
+        methods = list(METHODS)
+        ordered = sorted(
+            lines, key=lambda line: (methods.index(line["method"]), STAGES.index(line["stage"]))
+        )
+        several = len({line["stage"] for line in lines}) > 1
+        names = ("method", "stage") if several else ("method",)
+        text = metric_tables(ordered, names, lambda line: tuple(line[name] for name in names))
+        timed = [line for line in ordered if "latency" in line]
+        for batch in dict.fromkeys(batch for line in timed for batch in line["latency"]):
+            having = [line for line in timed if batch in line["latency"]]
+            text += [
+                f"**measured speedup**, batch {batch}, {seeds_text(having)}\n",
+                pivot(
+                    ("method",),
+                    [
+                        Entry(
+                            (line["method"],),
+                            line["speedup"],
+                            line["seed"],
+                            line["latency"][batch]["speedup"],
+                        )
+                        for line in having
+                    ],
+                    lambda speedup: f"{speedup:g}×",
+                    ".2f",
+                ),
+            ]
+        return "\n".join(text)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Start:
+    """What the stages of one network have in common."""
+
+    original: nnx.Module
+    images: PixelSource
+    before: Mapping[str, float]
+    seed: int
+    method: str
+    speedup: float
+
+    def line(self, stage: str) -> Line:
+        """What a line begins with."""
+        return {
+            "seed": self.seed,
+            "method": self.method,
+            "speedup": self.speedup,
+            "stage": stage,
+            **dataclasses.asdict(METHODS[self.method]),
+        }
+
+
+def _folder_name(seed: int, method: str, speedup: float) -> str:
+    return f"{re.sub(r'[^a-z0-9]+', '_', method.lower())}_{speedup:g}x_seed{seed}"

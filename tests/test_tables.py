@@ -1,0 +1,398 @@
+"""Tables: every config of configs/paper by its real command, and what the frame promises."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import accel
+from accel.cli import main
+from accel.configuration import load_config
+from accel.experiment import BUNDLED, BundledImages, FolderImages, IdxImages
+from accel.progress import Progress
+from accel.tables import Table, make_table
+from accel.tables.grid import Entry, folder_record, pivot
+from accel.tables.layer_energies import components_of
+
+ROOT = Path(__file__).parent.parent
+PAPER = ROOT / "configs" / "paper"
+SEVEN = {"conv1_1", "conv1_2", "conv2_1", "conv2_2", "conv3_1", "conv3_2", "conv3_3"}
+
+
+class Said(Progress):
+    """Keeps what is said; stops the run, as Ctrl-C would, once ``stop`` is said."""
+
+    def __init__(self, stop=None):
+        self.lines, self.stop = [], stop
+
+    def say(self, text):
+        self.lines.append(text)
+        if self.stop is not None and self.stop in text:
+            raise KeyboardInterrupt
+
+
+def config(name):
+    return load_config(PAPER / f"{name}.py", Table)
+
+
+def raw_lines(out):
+    return [json.loads(line) for line in (out / "raw.jsonl").read_text().splitlines()]
+
+
+def run_smoke(name, out, *arguments):
+    command = ["table", str(PAPER / f"{name}.py"), "--smoke", "--out", str(out), *arguments]
+    assert main(command) == 0
+    assert {path.name for path in out.iterdir()} == {
+        *("environment.json", "experiment.json", "raw.jsonl", "table.md")
+    }
+    (environment,) = json.loads((out / "environment.json").read_text())
+    assert environment.keys() == {"command", "device", "versions"}
+    assert environment["command"].startswith(f"accel table {name}.py --smoke")
+    lines = raw_lines(out)
+    assert {line["environment"] for line in lines} == {0}
+    return lines, (out / "table.md").read_text()
+
+
+def test_there_is_a_test_for_every_config():
+    assert {path.stem for path in PAPER.glob("*.py")} == {
+        *("layer_energies", "rank_selection", "single_layer", "whole_network")
+    }
+
+
+def test_layer_energies(tmp_path):
+    ((line,), table) = run_smoke("layer_energies", tmp_path / "out")
+    assert {layer["path"] for layer in line["layers"]} == SEVEN
+    for layer in line["layers"]:
+        spectrum = np.array(layer["spectrum"])
+        assert len(spectrum) == layer["width"]
+        for energy, count in layer["components"].items():
+            share = float(energy)
+            assert spectrum[:count].sum() >= share * spectrum.sum() * (1 - 1e-6)
+            assert spectrum[: count - 1].sum() < share * spectrum.sum() * (1 + 1e-6)
+            assert layer["channel_macs"][energy] <= layer["macs"]
+    conv3_3 = next(layer for layer in line["layers"] if layer["path"] == "conv3_3")
+    # 7×7 positions; 3×3×256 inputs to n filters, then n to 256.
+    n = conv3_3["components"]["0.9"]
+    assert conv3_3["channel_macs"]["0.9"] == 49 * n * (9 * 256 + 256)
+    assert f"| conv3_3 | 256 | {n} |" in table
+
+
+def test_rank_selection(tmp_path):
+    lines, table = run_smoke("rank_selection", tmp_path / "out")
+    assert [(line["solver"], line["asymmetric"], line["ranks"]) for line in lines] == [
+        ("linear", False, "exact"),
+        ("linear", True, "exact"),
+    ]
+    assert all(2.0 <= line["macs"]["speedup"] < 2.1 for line in lines)
+    for line in lines:
+        assert f"{line['metrics']['cosine']['accelerated']:.4f}" in table
+
+
+def test_single_layer(tmp_path):
+    lines, table = run_smoke("single_layer", tmp_path / "out")
+    assert [(line["layer"], line["rank"]) for line in lines] == [
+        *(("conv1_2", 4), ("conv1_2", 8), ("conv2_2", 8), ("conv2_2", 16))
+    ]
+    assert {len(line["errors"]) for line in lines} == {8}
+    assert "rank 16" in table
+    # Before conv1_2 nothing is replaced: what feeds it is the same.
+    by = {(e["solver"], e["fitted_to"], e["fed_by"]): e["error"] for e in lines[0]["errors"]}
+    for solver in ("linear", "nonlinear"):
+        alone = by[solver, "original", "original"]
+        assert by[solver, "accelerated", "accelerated"] == pytest.approx(alone, rel=1e-4)
+    assert by["weight SVD", None, "original"] > by["linear", "original", "original"]
+
+
+def test_the_asymmetric_error_of_a_layer_is_the_one_that_accelerating_reports(tmp_path):
+    table = config("single_layer").smoke()
+    experiment = table.experiment
+    result = accel.accelerate(
+        experiment.load_model(),
+        experiment.limited(experiment.calibration),
+        4.0,
+        decompositions="channel",
+        reconstruction="responses",
+        rank_selection="greedy_energy",
+        rules=experiment.rules,
+        positions_per_image=experiment.positions_per_image,
+        batch_size=experiment.batch_size,
+    )
+    layer = next(layer for layer in result.report.layers if layer.path == "conv2_2")
+    (rank,) = layer.ranks
+    table = dataclasses.replace(table, layers=("conv2_2",), shares=(rank / 128,))
+    make_table(table, tmp_path / "out", "", Progress())
+    (line,) = raw_lines(tmp_path / "out")
+    assert line["rank"] == rank
+    (found,) = (
+        error["error"]
+        for error in line["errors"]
+        if (error["solver"], error["fitted_to"]) == ("nonlinear", "accelerated")
+    )
+    assert found == pytest.approx(layer.response_error, rel=1e-3)
+
+
+def test_whole_network_in_all_stages(tmp_path, idx_files):
+    stages = ("plain", "repair", "finetune", "scratch")
+    folders = ["--training.images.folder", idx_files, "--training.held-back.folder", idx_files]
+    lines, table = run_smoke(
+        *("whole_network", tmp_path / "out", "--stages", *stages, *map(str, folders))
+    )
+    assert [line["stage"] for line in lines] == list(stages)
+    plain = lines[0]
+    assert plain["latency"]["1"].keys() >= {"original_ms", "accelerated_ms", "speedup"}
+    assert "**measured speedup**, batch 1" in table
+    for line in lines:
+        assert line["macs"] == plain["macs"]
+        assert [layer["ranks"] for layer in line["layers"]] == [
+            layer["ranks"] for layer in plain["layers"]
+        ]
+        error = line["metrics"]["relative_squared_error"]["accelerated"]
+        assert f"| weight SVD | {line['stage']} | {error:.4f} |" in table
+    # Each stage made another network of it.
+    assert len({line["metrics"]["relative_squared_error"]["accelerated"] for line in lines}) == 4
+    assert lines[1]["best_epoch"] in (0, 1)
+    assert len(lines[2]["history"]) == 1
+
+
+@pytest.fixture
+def two_epochs(idx_files):
+    """A table of two cells, the second trained for two epochs, watched by nothing."""
+    table = config("whole_network").smoke()
+    return dataclasses.replace(
+        table,
+        experiment=dataclasses.replace(table.experiment, latency_batches=()),
+        stages=("finetune",),
+        training=dataclasses.replace(
+            table.training, images=IdxImages(idx_files), held_back=None, epochs=2
+        ),
+    )
+
+
+def test_a_table_that_was_stopped_goes_on_to_the_same_result(two_epochs, tmp_path):
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    make_table(two_epochs, whole, "command", Progress())
+    # After the first cell was recorded, then in the second epoch of the second.
+    for stop in ("measured: 0, weight SVD, 2.0, plain", "epoch 2:"):
+        with pytest.raises(KeyboardInterrupt):
+            make_table(two_epochs, stopped, "command", Said(stop))
+        assert [line["stage"] for line in raw_lines(stopped)] == ["plain"]
+        assert (stopped / "table.md").read_text() == two_epochs.markdown(raw_lines(stopped))
+        recorded = (stopped / "raw.jsonl").read_text()
+    going_on = Said()
+    make_table(two_epochs, stopped, "another command", going_on)
+    assert any(line.startswith("fine-tuning goes on after step 4 of 8") for line in going_on.lines)
+    assert not any(line.startswith("calibrating") for line in going_on.lines)
+    assert (stopped / "raw.jsonl").read_text().startswith(recorded)
+    assert not (stopped / "unfinished").exists()
+    assert [line["metrics"] for line in raw_lines(stopped)] == [
+        line["metrics"] for line in raw_lines(whole)
+    ]
+    assert (stopped / "table.md").read_text() == (whole / "table.md").read_text()
+    environments = json.loads((stopped / "environment.json").read_text())
+    assert [environments[line["environment"]]["command"] for line in raw_lines(stopped)] == [
+        "command",
+        "another command",
+    ]
+
+    # A table that is complete measures nothing; stages asked for later start from the same network.
+    idle = Said()
+    make_table(dataclasses.replace(two_epochs, seeds=(0, 0)), stopped, "command", idle)
+    assert idle.lines == []
+    later = dataclasses.replace(two_epochs, stages=("finetune", "scratch"))
+    make_table(later, stopped, "command", Progress())
+    finetuned, scratch = raw_lines(stopped)[1:]
+    assert scratch["stage"] == "scratch"
+    assert [x["ranks"] for x in scratch["layers"]] == [x["ranks"] for x in finetuned["layers"]]
+    assert scratch["metrics"] != finetuned["metrics"]
+
+
+def begun(folder, table):
+    (folder / "experiment.json").write_text(json.dumps(table.record()))
+
+
+def test_the_folder_of_another_experiment_is_refused_and_left_alone(tmp_path):
+    table = config("rank_selection")
+    begun(tmp_path, table)
+    assert folder_record(table, tmp_path) == table.record()
+    folder_record(dataclasses.replace(table, seeds=(5,), speedups=(2.5,)), tmp_path)
+    for changed in (
+        {"weights": "/somewhere/vgg19.onnx"},
+        {"positions_per_image": 11},
+        {"evaluation": FolderImages(Path("/somewhere/validation"))},
+        {"calibration": BundledImages("test")},
+    ):
+        other = dataclasses.replace(table.experiment, **changed)
+        with pytest.raises(FileExistsError, match="results of another experiment"):
+            make_table(dataclasses.replace(table, experiment=other), tmp_path, "", Progress())
+    with pytest.raises(FileExistsError, match="results of another experiment"):
+        make_table(config("layer_energies"), tmp_path, "", Progress())
+    assert [path.name for path in tmp_path.iterdir()] == ["experiment.json"]
+    # Of the time before there were tables: not to be mixed with what is measured now.
+    with pytest.raises(FileExistsError, match="results of another experiment"):
+        folder_record(table, ROOT / "results" / "fashion_methods")
+
+
+def test_stages_can_be_added_but_not_with_other_settings_than_before(tmp_path):
+    plain = config("whole_network")
+    begun(tmp_path, plain)
+    assert plain.record().keys() == {"table", "experiment"}
+    images = dataclasses.replace(plain.training, images=IdxImages(Path("/somewhere/idx")))
+    trained = dataclasses.replace(plain, stages=("scratch",), training=images)
+    merged = folder_record(trained, tmp_path)
+    assert merged == trained.record()
+    assert merged["training"]["images"]["folder"] == "idx"
+    begun(tmp_path, trained)
+    assert folder_record(plain, tmp_path) == merged
+    slower = dataclasses.replace(images, learning_rate=1e-6)
+    with pytest.raises(FileExistsError, match="results of another experiment"):
+        folder_record(dataclasses.replace(trained, training=slower), tmp_path)
+
+
+def test_a_folder_that_holds_something_else_is_refused_in_one_line(tmp_path, capfd):
+    (tmp_path / "raw.jsonl").write_text('{"seed": 0}\n')
+    command = ["table", str(PAPER / "rank_selection.py"), "--out", str(tmp_path)]
+    assert main(command) == 1
+    error = capfd.readouterr().err
+    assert "is not empty and has no experiment.json" in error
+    assert error.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["raw.jsonl"]
+
+
+def test_the_record_tells_nothing_of_the_machine():
+    table = config("rank_selection")
+    experiment = dataclasses.replace(
+        table.experiment,
+        weights="/somewhere/vgg16.onnx",
+        calibration=FolderImages(Path("/somewhere/calibration"), windows=1),
+        evaluation=FolderImages(Path("/somewhere/v"), labels=Path("/somewhere/labels.txt")),
+    )
+    text = json.dumps(dataclasses.replace(table, experiment=experiment).record())
+    assert "somewhere" not in text
+    assert all(name in text for name in ("vgg16.onnx", '"calibration"', "labels.txt"))
+    elsewhere = dataclasses.replace(
+        experiment,
+        weights=Path("vgg16.onnx"),
+        calibration=FolderImages(Path("calibration/"), windows=1),
+    )
+    # What the table varies itself makes no other table.
+    elsewhere = dataclasses.replace(elsewhere, speedup=3.0, seed=7)
+    assert dataclasses.replace(table, experiment=elsewhere).record() == json.loads(text)
+    assert table.record()["experiment"]["weights"] == BUNDLED
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "message"),
+    [
+        ("whole_network", ["--methods", "magic"], "unknown method 'magic'; known: 'weight SVD', "),
+        ("whole_network", ["--stages", "magic"], "known: 'plain', 'repair', 'finetune', 'scratch'"),
+        ("whole_network", ["--stages", "finetune"], "no folder of IDX files given"),
+        ("whole_network", ["--speedups"], "nothing is asked for"),
+        ("whole_network", ["--speedup", "3"], "--speedup has no effect"),
+        ("single_layer", ["--layers", "conv9"], "unknown layer 'conv9'; known: 'conv1_1', "),
+        ("single_layer", ["--shares", "1.5"], "shares are above 0 and up to 1"),
+        ("single_layer", ["--earlier-speedup", "0.5"], "a finite number above 1"),
+        ("rank_selection", ["--ranks", "magic"], "known: 'exact', 'greedy', 'uniform'"),
+        ("rank_selection", ["--inputs", "magic"], "known: 'symmetric', 'asymmetric'"),
+        ("layer_energies", ["--energies", "0"], "energies are shares"),
+        ("layer_energies", ["--weights", "nothing.onnx"], "nothing.onnx"),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_anything_is_written(
+    name, arguments, message, tmp_path, capfd
+):
+    out = tmp_path / "out"
+    assert main(["table", str(PAPER / f"{name}.py"), "--out", str(out), *arguments]) == 1
+    error = capfd.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert not out.exists()
+
+
+def test_other_configs_replace_experiment_and_training(tmp_path, capfd):
+    experiment = str(ROOT / "configs" / "vgg16_imagenet.py")
+    training = str(ROOT / "configs" / "finetune_vgg16_imagenet.py")
+    out = ["--out", str(tmp_path / "out")]
+    for name in ("layer_energies", "rank_selection", "single_layer", "whole_network"):
+        assert main(["table", str(PAPER / f"{name}.py"), experiment, *out]) == 1
+        assert "no weights given (--weights FILE)" in capfd.readouterr().err
+    assert main(["table", str(PAPER / "layer_energies.py"), training, *out]) == 1
+    error = capfd.readouterr().err
+    assert "a config of the type Finetuning has no place in a LayerEnergies table" in error
+    table = config("whole_network")
+    replaced = table.with_config(load_config(Path(training), object))
+    assert replaced.training.batch_size == 128
+    assert replaced.experiment == table.experiment
+
+
+def test_pivot_gives_means_and_standard_deviations():
+    entries = [
+        Entry(("b", "x"), 3.0, 0, 0.5),
+        Entry(("a", "y"), 2.0, 0, 1.0),
+        Entry(("a", "y"), 2.0, 1, 2.0),
+        Entry(("a", "y"), 2.0, 2, 6.0),
+    ]
+    # Mean 3; squared deviations 4 + 1 + 9 = 14, halved 7, whose root is 2.65.
+    assert pivot(("kind", "of"), entries, lambda value: f"{value:g}×", ".2f") == (
+        "| kind | of | 2× | 3× |\n"
+        "|---|---|--:|--:|\n"
+        "| b | x |  | 0.50 (1 of 3 seeds) |\n"
+        "| a | y | 3.00 ± 2.65 |  |\n"
+    )
+
+
+def line_of(method, stage, seed, accelerated):
+    return {
+        "seed": seed,
+        "method": method,
+        "speedup": 4.0,
+        "stage": stage,
+        "metrics": {"top1": {"original": 0.9, "accelerated": accelerated}},
+    }
+
+
+def test_the_table_of_a_whole_network_is_made_of_its_lines():
+    lines = [
+        line_of("ours", "repair", 0, 0.875),
+        line_of("ours", "plain", 0, 0.75),
+        line_of("weight SVD", "plain", 0, 0.25),
+        line_of("weight SVD", "repair", 0, 0.5),
+    ]
+    assert config("whole_network").markdown(lines) == (
+        "**top1**, seed 0; original 0.9000\n\n"
+        "| method | stage | 4× |\n"
+        "|---|---|--:|\n"
+        "| weight SVD | plain | 0.2500 |\n"
+        "| weight SVD | repair | 0.5000 |\n"
+        "| ours | plain | 0.7500 |\n"
+        "| ours | repair | 0.8750 |\n"
+    )
+    several = [line_of("ours", "plain", 0, 0.7), line_of("ours", "plain", 1, 0.9)]
+    assert config("whole_network").markdown(several) == (
+        "**top1**, mean ± standard deviation over seeds 0, 1; original 0.9000\n\n"
+        "| method | 4× |\n"
+        "|---|--:|\n"
+        "| ours | 0.8000 ± 0.1414 |\n"
+    )
+
+
+def test_lines_measured_before_there_were_tables_can_be_read():
+    folder = ROOT / "results" / "fashion_methods"
+    made = config("rank_selection").markdown(raw_lines(folder))
+    for row in (folder / "table.md").read_text().splitlines():
+        if row.startswith(("| linear", "| nonlinear")):
+            head, *means = row.rstrip(" |").rsplit(" | ", 3)
+            assert any(
+                new.startswith(head)
+                and [place.split(" ± ")[0] for place in new.rstrip(" |").rsplit(" | ", 3)[1:]]
+                == means
+                for new in made.splitlines()
+            ), row
+
+
+def test_components_by_hand():
+    spectrum = np.array([5.0, 3.0, 2.0, 0.0])
+    shares = (0.4, 0.5, 0.6, 0.8, 0.81, 1.0)
+    assert [components_of(spectrum, share) for share in shares] == [1, 1, 2, 2, 3, 3]
+    assert components_of(np.zeros(3), 0.9) == 1
