@@ -27,7 +27,7 @@ from accel.images import ArraySource
 from accel.program import LayerCall, Program, specification
 from accel.progress import Progress
 from accel.rank_selection import Candidate
-from accel.rewrite import FactorizedConv
+from accel.rewrite import Chain, chain_for
 from accel.runs import AcceleratedRun, sample_positions
 from accel.solvers.base import Activation, activate, arithmetic, widest_dtype
 from accel.solvers.kernel_regression import fit_kernel
@@ -139,7 +139,7 @@ def _layer_curves(
     patches: np.ndarray,
     measured: np.ndarray,
     dense_macs: int,
-) -> tuple[ErrorCurve, FactorizedConv, float] | None:
+) -> tuple[ErrorCurve, Chain, float] | None:
     """The curve of a layer, still without weight, and a chain with its error for the probe.
 
     None where no chain is cheaper than the layer.
@@ -204,7 +204,7 @@ def _layer_curves(
     patch_mean = np.asarray(fit.patch_mean)
     inner = chain(decomposition.structure(call.layer), patch_mean[None])[0]
     chain = chain._replace(bias=patch_mean @ kernel + np.asarray(bias) - inner).rounded()
-    module = FactorizedConv(
+    module = chain_for(
         call.layer,
         decomposition.factors(call.layer, *ranks),
         decomposition.weights(call.layer, ranks, chain),

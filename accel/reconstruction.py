@@ -9,6 +9,10 @@ Three ways, from the cheapest to the best:
 - ``joint``: all factors together. The best kernel for the patches that the layer now gets, with
   the original kernel as prior, is split in the metric of these patches; what its first factor lets
   through is then fitted to the targets by a solver, through the nonlinearity.
+
+A dense layer has one row an image, where a convolution has many, and often more features than rows:
+``joint`` lets the solver have the last word on it only where that proves better on rows that were
+not fitted.
 """
 
 from __future__ import annotations
@@ -24,8 +28,8 @@ from jaxtyping import Bool, Float
 from accel.decompositions import Decomposition, Split, Structure
 from accel.decompositions.split import split, split_first
 from accel.solvers import Activation, Responses, Solver
-from accel.solvers.base import arithmetic, widest_dtype
-from accel.solvers.kernel_regression import fit_kernel
+from accel.solvers.base import activate, arithmetic, widest_dtype
+from accel.solvers.kernel_regression import KernelFit, fit_kernel
 
 # How often the first factor of a joint fit is improved; what is gained after three is below 1 % of
 # the error (measured on VGG-16 and on the bundled network).
@@ -110,6 +114,8 @@ def joint(problem: LayerProblem) -> Split:
     linear estimate of the targets, as wide as they are, in the place of the paper's responses of
     the original kernel.
     """
+    if problem.decomposition.dense:
+        return _joint_dense(problem)
     structure = problem.structure
     with arithmetic(widest_dtype()):
         best = fit_kernel(problem.patches, problem.targets, problem.kernel, problem.tuning)
@@ -138,3 +144,49 @@ def _data_free(problem: LayerProblem) -> Split:
         dtype = jnp.dtype(widest_dtype())
         found, _ = split(problem.structure, jnp.asarray(problem.kernel, dtype), problem.ranks)
         return found.rounded()
+
+
+def _joint_dense(problem: LayerProblem) -> Split:
+    """``joint`` of a dense layer: cut in the metric, or also fitted by the solver.
+
+    Both are tried on the rows that are not for tuning; the one whose activations are closer on the
+    others is then fitted to all rows.
+    """
+    tuning = problem.tuning
+    with arithmetic(widest_dtype()):
+        best = fit_kernel(problem.patches, problem.targets, problem.kernel, tuning)
+        if tuning.all() or not tuning.any():
+            return _cut_in_metric(problem, best)
+        part = dataclasses.replace(
+            problem,
+            patches=problem.patches[~tuning],
+            targets=problem.targets[~tuning],
+            tuning=tuning[~tuning],
+        )
+        fit = fit_kernel(part.patches, part.targets, part.kernel, part.tuning, (best.ridge,))
+    wanted = activate(jnp.asarray(problem.targets[tuning]), problem.activation)
+
+    def error(way: Callable[[LayerProblem, KernelFit], Split]) -> float:
+        given = way(part, fit)(part.structure, problem.patches[tuning])
+        return float(jnp.sum(jnp.square(activate(jnp.asarray(given), problem.activation) - wanted)))
+
+    return min((_cut_in_metric, _fitted_by_solver), key=error)(problem, best)
+
+
+def _cut_in_metric(problem: LayerProblem, fit: KernelFit) -> Split:
+    """The best kernel at the rank, by reduced-rank regression with the kernel as prior."""
+    with arithmetic(widest_dtype()):
+        found, _ = split(problem.structure, fit.kernel, problem.ranks, fit.metric)
+    mean = np.asarray(fit.patch_mean)
+    inner = found(problem.structure, mean[None])[0]
+    return found._replace(bias=np.asarray(fit.target_mean) - inner).rounded()
+
+
+def _fitted_by_solver(problem: LayerProblem, fit: KernelFit) -> Split:
+    """The solver's factors for the answers of the best kernel."""
+    kernel = np.asarray(fit.kernel, np.float32)
+    fitted = problem.solver(
+        Responses(problem.patches @ kernel, problem.targets), problem.ranks[-1], problem.activation
+    )
+    reduce, expand, bias = (np.asarray(factor) for factor in fitted[:3])
+    return Split(None, kernel @ reduce.T, expand.T, bias)
