@@ -7,7 +7,7 @@
 from accel.accelerate import Result, accelerate, reconstruct
 from accel.calibration import Calibration, calibrate
 from accel.checkpoint import load_model, save_model
-from accel.cost import count_conv_macs, count_macs
+from accel.cost import count_conv_macs, count_dense_macs, count_macs
 from accel.finetune import FinetuneResult, finetune
 from accel.images import ArraySource, ImageSource
 from accel.models import ModelSpec
@@ -35,6 +35,7 @@ __all__ = [
     "accelerate",
     "calibrate",
     "count_conv_macs",
+    "count_dense_macs",
     "count_macs",
     "distill",
     "finetune",

@@ -19,19 +19,19 @@ import jax
 import numpy as np
 from flax import nnx
 
-from accel.calibration import ALL_KINDS, Calibration, calibrate, decompositions_named
-from accel.cost import count_conv_macs
+from accel.calibration import ALL_KINDS, Calibration, calibrate, layer_kinds
+from accel.cost import count_conv_macs, count_dense_macs
 from accel.decompositions import DECOMPOSITIONS, Split, Weights
 from accel.images import ImageSource
 from accel.memory import peak_bytes, release_free_memory
 from accel.plan import AccelerationPlan, LayerPlan
-from accel.program import LayerCall, specification
+from accel.program import LayerCall, named_layers, specification
 from accel.progress import Progress
-from accel.rank_selection import Rules
+from accel.rank_selection import Rules, check_speedup
 from accel.reconstruction import JOINT, RECONSTRUCTIONS, LayerProblem
 from accel.report.environment import device_name, versions
 from accel.report.report import LayerReport, Report
-from accel.rewrite import FactorizedConv, rewrite
+from accel.rewrite import chain_for, rewrite
 from accel.runs import AcceleratedRun
 from accel.selection import (
     MEASURED_ERROR,
@@ -51,7 +51,7 @@ class Result:
 
     Attributes:
         model: An ordinary ``nnx.Module`` that shares nothing with the original.
-        plan: What became of each convolution.
+        plan: What became of each layer.
         report: What was done and what it gave.
     """
 
@@ -71,6 +71,7 @@ def accelerate(
     asymmetric: bool = True,
     rank_selection: str = MEASURED_ERROR,
     rules: Rules | None = None,
+    dense_speedup: float | None = None,
     positions_per_image: int = 10,
     batch_size: int = 16,
     cache_bytes: int | None = None,
@@ -88,7 +89,8 @@ def accelerate(
             where the source has ``groups``, a tenth of those (see ``split_images``).
         speedup: Multiply-accumulates of all convolutions now over those wanted.
         decompositions: Names of the chains that may replace a convolution (``DECOMPOSITIONS``); the
-            best one of each layer is chosen where ranks are selected by ``measured_error``.
+            best one of each layer is chosen where ranks are selected by ``measured_error``. Dense
+            layers have one kind only, ``svd``, which need not be named.
         reconstruction: What is fitted to what (``RECONSTRUCTIONS``): ``weights`` approximates
             kernels and looks at no image, ``responses`` is the paper's, ``joint`` fits all factors.
         solver: How responses are fitted: a name of ``SOLVERS`` or a solver.
@@ -97,6 +99,8 @@ def accelerate(
         rank_selection: How ranks are chosen: ``measured_error``, or by energies
             (``RANK_SELECTION``) for a single kind of chain.
         rules: Layers by path pattern that stay ``"dense"`` or get a fixed rank.
+        dense_speedup: Multiply-accumulates of all dense layers (``nnx.Linear``) now over those
+            wanted: a budget apart from that of the convolutions. None leaves dense layers alone.
         positions_per_image: Output positions sampled per image and layer.
         batch_size: Images per batch while calibrating.
         cache_bytes: Host memory for activations between layers; by default a quarter of what is
@@ -110,7 +114,9 @@ def accelerate(
         ValueError: If the network, the images or what is asked for do not fit; the message names
             the layer, pattern or argument.
     """
-    check_rank_selection(rank_selection, decompositions_named(decompositions))
+    check_rank_selection(rank_selection, layer_kinds(decompositions, dense_speedup is not None))
+    if dense_speedup is not None:
+        check_speedup("dense_speedup", dense_speedup)
     _check_reconstruction(reconstruction)
     chosen_solver = solver_named(solver)
     calibration = calibrate(
@@ -122,6 +128,7 @@ def accelerate(
         cache_bytes=cache_bytes,
         seed=seed,
         rules=rules,
+        dense_layers=dense_speedup is not None,
         progress=progress,
     )
     sensitivity, curves = None, None
@@ -131,7 +138,12 @@ def accelerate(
     if rank_selection == MEASURED_ERROR:
         curves = measure_errors(calibration, sensitivity, progress=progress)
     plan = select_ranks(
-        calibration, speedup, rank_selection=rank_selection, rules=rules, curves=curves
+        calibration,
+        speedup,
+        rank_selection=rank_selection,
+        rules=rules,
+        curves=curves,
+        dense_speedup=dense_speedup,
     )
     selected = time.perf_counter() - start
     result = reconstruct(
@@ -148,6 +160,7 @@ def accelerate(
         "speedup": speedup,
         "rank_selection": rank_selection,
         "rules": dict(rules or {}),
+        "dense_speedup": dense_speedup,
         "positions_per_image": positions_per_image,
         "seed": seed,
     }
@@ -188,7 +201,7 @@ def reconstruct(
     resume: Path | None = None,
     progress: Progress | None = None,
 ) -> Result:
-    """Replaces the convolutions of ``plan`` one after the other, each fitted to responses.
+    """Replaces the layers of ``plan`` one after the other, each fitted to responses.
 
     Args:
         calibration: From ``calibrate``.
@@ -254,7 +267,7 @@ def reconstruct(
         weights[call.path] = decomposition.weights(call.layer, layer.ranks, solution.split)
         solved = time.perf_counter()
         factors = decomposition.factors(call.layer, *layer.ranks)
-        run.replace(FactorizedConv(call.layer, factors, weights[call.path]))
+        run.replace(chain_for(call.layer, factors, weights[call.path]))
         original.keep()
         seconds["calibrate"] += responded - start + time.perf_counter() - solved
         seconds["solve"] += solved - responded
@@ -345,7 +358,10 @@ def _check_plan(calibration: Calibration, plan: AccelerationPlan) -> None:
     planned = {layer.path: layer for layer in plan.layers}
     if missing := [path for path in calls if path not in planned]:
         raise ValueError(f"the plan says nothing of {missing[0]}")
+    known = {path for path, _ in named_layers(calibration.model, (nnx.Conv, nnx.Linear))}
     for layer in plan.layers:
+        if layer.path not in known:
+            raise ValueError(f"the plan names {layer.path!r}, which is no layer of the network")
         if layer.decomposition is None:
             continue
         if layer.path not in calls:
@@ -372,17 +388,25 @@ def _report(
     errors: Mapping[str, float],
     seconds: Mapping[str, float],
 ) -> Report:
-    after = count_conv_macs(model, specification(calibration.program.images))
+    images = specification(calibration.program.images)
+    after = count_conv_macs(model, images)
+    dense_after = count_dense_macs(model, images) if calibration.dense_macs else {}
+    layer_types = {
+        path: type(layer).__name__
+        for path, layer in named_layers(calibration.model, (nnx.Conv, nnx.Linear))
+    }
     activations = {call.path: call.activation for call in calibration.program.calls}
+    before = {**calibration.macs, **calibration.dense_macs}
     layers = tuple(
         LayerReport(
             path=layer.path,
+            layer_type=layer_types[layer.path],
             decomposition=layer.decomposition,
             ranks=layer.ranks,
-            macs_original=calibration.macs.get(layer.path, 0),
+            macs_original=before.get(layer.path, 0),
             macs_accelerated=sum(
                 macs
-                for path, macs in after.items()
+                for path, macs in {**after, **dense_after}.items()
                 if path == layer.path or path.startswith(f"{layer.path}/")
             ),
             response_error=errors.get(layer.path),
@@ -392,16 +416,20 @@ def _report(
         for layer in plan.layers
     )
     original, accelerated = sum(calibration.macs.values()), sum(after.values())
+    macs = {"original": original, "accelerated": accelerated, "speedup": original / accelerated}
+    if calibration.dense_macs:
+        original, accelerated = sum(calibration.dense_macs.values()), sum(dense_after.values())
+        macs |= {
+            "dense_original": original,
+            "dense_accelerated": accelerated,
+            "dense_speedup": original / accelerated,
+        }
     return Report(
         model=type(calibration.model).__name__,
         device=device_name(),
         versions=versions(),
         settings={},
-        macs={
-            "original": original,
-            "accelerated": accelerated,
-            "speedup": original / accelerated,
-        },
+        macs=macs,
         layers=layers,
         seconds={**seconds, "total": sum(seconds.values())},
         memory={

@@ -17,7 +17,7 @@ import numpy as np
 from flax import nnx
 
 from accel.batch_norm import find_foldable, fold_batch_norm
-from accel.cost import count_conv_macs
+from accel.cost import count_conv_macs, count_dense_macs
 from accel.decompositions import DECOMPOSITIONS, Decomposition
 from accel.images import (
     ArraySource,
@@ -27,7 +27,7 @@ from accel.images import (
     split_images,
 )
 from accel.memory import available_bytes, resident_bytes
-from accel.program import LayerCall, Program, specification, trace
+from accel.program import LayerCall, Program, named_layers, specification, trace
 from accel.progress import Progress
 from accel.rank_selection import Rules, apply_rules
 from accel.runs import AcceleratedRun, OriginalRun, patch_size, sample_positions
@@ -47,18 +47,20 @@ class Calibration:
         model: The network with batch normalisation folded, in evaluation mode.
         folded: The batch normalisations that were folded, with the convolutions that took them in.
         program: The same network, traced.
-        calls: The convolutions that can be replaced, in order of execution.
-        left_out: The other convolutions, and why each stays as it is.
+        calls: The layers that can be replaced, in order of execution: convolutions and, where they
+            were asked for, dense layers.
+        left_out: The other layers of these types, and why each stays as it is.
         decompositions: The kinds of chain to choose from.
         source: The calibration images.
         batch_size: The batch size that the program was traced for.
         seed: Seed of all that is drawn.
         fitting: Which images are used for fitting; the others measure the error.
         tuning: Which of the fitting images choose how strongly to regularise.
-        positions: Where each convolution was looked at, by path.
+        positions: Where each layer was looked at, by path.
         targets: The responses there, ``[images, positions, d]`` float32, by path.
         macs: Multiply-accumulates per image of every convolution of the network, by path or, where
             it is no module of its own, by place in the program.
+        dense_macs: The same of every dense layer, by path; empty where they were not asked for.
         seconds: Time that calibrating took, compilation included.
         stated_peak_bytes: Bound on the host memory of the whole run, stated before it began.
         cache_bytes: How much of it may hold the accelerated network's activations.
@@ -78,13 +80,14 @@ class Calibration:
     positions: Mapping[str, np.ndarray]
     targets: Mapping[str, np.ndarray]
     macs: Mapping[str, int]
+    dense_macs: Mapping[str, int]
     seconds: float
     stated_peak_bytes: int
     cache_bytes: int
 
     @property
     def widths(self) -> dict[str, int]:
-        """Output channels of every convolution that can be replaced, by path."""
+        """The largest rank that a rule can fix of every layer that can be replaced, by path."""
         return _widths(self.calls)
 
 
@@ -103,6 +106,26 @@ def decompositions_named(names: str | Sequence[str]) -> tuple[Decomposition, ...
     return tuple(DECOMPOSITIONS[name] for name in dict.fromkeys(names))
 
 
+def layer_kinds(names: str | Sequence[str], dense_layers: bool) -> tuple[Decomposition, ...]:
+    """The kinds of chain to choose from: those named, of convolutions, and all of dense layers.
+
+    A choice among the chains of convolutions says nothing about dense layers, and of these there is
+    no choice; so they need not be named.
+
+    Raises:
+        ValueError: As ``decompositions_named``, or if none of those named is for convolutions.
+    """
+    named = decompositions_named(names)
+    kinds = [kind for kind in named if not kind.dense]
+    if not kinds:
+        raise ValueError(
+            f"{', '.join(kind.name for kind in named)}: for dense layers only; name a decomposition"
+            " of convolutions"
+        )
+    dense = [kind for kind in DECOMPOSITIONS.values() if kind.dense]
+    return (*kinds, *(dense if dense_layers else ()))
+
+
 def calibrate(
     model: nnx.Module,
     images: ImageSource | np.ndarray | jax.Array,
@@ -113,16 +136,18 @@ def calibrate(
     cache_bytes: int | None = None,
     seed: int = 0,
     rules: Rules | None = None,
+    dense_layers: bool = False,
     progress: Progress | None = None,
 ) -> Calibration:
     """Runs the original network once over the images and keeps its responses at sampled positions.
 
     One calibration serves any number of plans, solvers and speedups. The arguments are those of
     ``accelerate``; ``rules`` are only checked here, so that a mistake shows before the work.
+    ``dense_layers`` says whether dense layers are looked at, too, so that plans can replace them.
     """
     progress = progress or Progress()
     start = time.perf_counter()
-    kinds = decompositions_named(decompositions)
+    kinds = layer_kinds(decompositions, dense_layers)
     source = (
         ArraySource(np.asarray(images)) if isinstance(images, np.ndarray | jax.Array) else images
     )
@@ -141,18 +166,25 @@ def calibrate(
     evaluated.eval()
     folded_pairs = find_foldable(evaluated, batch)
     folded = fold_batch_norm(evaluated, folded_pairs)
-    program = trace(folded, batch)
+    program = trace(folded, batch, (nnx.Conv, nnx.Linear) if dense_layers else (nnx.Conv,))
     left_out = dict(program.left_out)
     for call in program.calls:
-        reasons = [kind.unsuitable(call.layer) for kind in kinds]
+        dense = isinstance(call.layer, nnx.Linear)
+        reasons = [kind.unsuitable(call.layer) for kind in kinds if kind.dense == dense]
+        rows = specification(call.input).shape[0]
         if all(reasons):
             left_out[call.path] = str(reasons[0])
+        elif dense and rows != batch_size:
+            left_out[call.path] = f"its input has {rows} rows for a batch of {batch_size} images"
     calls = tuple(call for call in program.calls if call.path not in left_out)
-    if not calls:
-        raise ValueError(
-            f"{type(model).__name__} has no convolution to accelerate: "
-            + (", ".join(f"{path} ({reason})" for path, reason in left_out.items()) or "none found")
-        )
+    for layer_type, name in ((nnx.Conv, "convolution"), (nnx.Linear, "dense layer")):
+        wanted = dense_layers or layer_type is nnx.Conv
+        if wanted and not any(isinstance(call.layer, layer_type) for call in calls):
+            found = dict(named_layers(folded, (layer_type,)))
+            raise ValueError(
+                f"{type(model).__name__} has no {name} to accelerate: "
+                + (", ".join(f"{path} ({left_out[path]})" for path in found) or "none found")
+            )
     apply_rules(_widths(calls), rules or {})
 
     position_key, image_key = jax.random.split(jax.random.key(seed))
@@ -169,7 +201,7 @@ def calibrate(
     run = OriginalRun(program, calls, source, batch_size, positions)
     stated, cache = _memory_needed(run, program, source, batch_size, cache_bytes)
     progress.say(
-        f"calibrating {len(calls)} convolutions on {len(source)} images; host memory stays under"
+        f"calibrating {len(calls)} layers on {len(source)} images; host memory stays under"
         f" {stated / GIBIBYTE:.1f} GiB, {cache / GIBIBYTE:.1f} GiB of it for activations"
     )
     progress.begin("original network", len(source))
@@ -189,6 +221,7 @@ def calibrate(
         positions=positions,
         targets=targets,
         macs=count_conv_macs(folded, batch),
+        dense_macs=count_dense_macs(folded, batch) if dense_layers else {},
         seconds=time.perf_counter() - start,
         stated_peak_bytes=stated,
         cache_bytes=cache,
@@ -250,4 +283,9 @@ def _solving_bytes(call: LayerCall, rows: int) -> int:
 
 
 def _widths(calls: Sequence[LayerCall]) -> dict[str, int]:
-    return {call.path: specification(call.output).shape[-1] for call in calls}
+    return {
+        call.path: min(call.layer.in_features, call.layer.out_features)
+        if isinstance(call.layer, nnx.Linear)
+        else specification(call.output).shape[-1]
+        for call in calls
+    }

@@ -216,6 +216,7 @@ class Experiment:
         asymmetric: Whether layers are fitted to the accelerated network's inputs.
         rank_selection: Name of the rank selection.
         rules: Layers by path pattern: ``dense``, or a rank.
+        dense_speedup: Speedup of the dense layers, in their own MACs; None leaves them alone.
         positions_per_image: Sampled output positions per image and layer.
         batch_size: Images per batch in calibration and evaluation.
         seed: Seed of all that is drawn.
@@ -238,6 +239,7 @@ class Experiment:
     asymmetric: bool = True
     rank_selection: str = MEASURED_ERROR
     rules: Rules = dataclasses.field(default_factory=dict)
+    dense_speedup: float | None = None
     positions_per_image: int = 10
     batch_size: int = 16
     seed: int = 0
@@ -302,6 +304,7 @@ class Experiment:
             asymmetric=self.asymmetric,
             rank_selection=self.rank_selection,
             rules=self.rules,
+            dense_speedup=self.dense_speedup,
             positions_per_image=self.positions_per_image,
             batch_size=self.batch_size,
             seed=self.seed,

@@ -1,4 +1,4 @@
-"""The plan of an acceleration: what becomes of each convolution, as data that fits in a file."""
+"""The plan of an acceleration: what becomes of each layer, as data that fits in a file."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from collections.abc import Mapping
 
 @dataclasses.dataclass(frozen=True)
 class LayerPlan:
-    """What becomes of one convolution.
+    """What becomes of one layer.
 
     Attributes:
-        path: Path of the convolution in the module tree.
+        path: Path of the layer in the module tree.
         decomposition: Name of the decomposition, or None where it stays as it is.
-        ranks: Ranks of the decomposition; empty where the convolution stays as it is.
+        ranks: Ranks of the decomposition; empty where the layer stays as it is.
         reason: Why it stays as it is.
     """
 
@@ -29,7 +29,8 @@ class AccelerationPlan:
     """What becomes of each layer of a network.
 
     Attributes:
-        layers: The convolutions, in order of execution.
+        layers: The convolutions and, where a budget was given for them, the dense layers, in order
+            of execution.
         folded: Paths of the batch normalisations that are folded first, each with the path of the
             convolution that takes it in.
     """

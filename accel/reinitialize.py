@@ -3,7 +3,7 @@
 Kernels are drawn as in He et al. (arXiv:1502.01852): normal, truncated at two standard deviations,
 with variance ``2/n`` where n inputs go into an output. The 2 makes up for the ReLU before the
 layer, which halves the second moment of what it lets through. Before the second and later factors
-of a ``FactorizedConv`` there is no ReLU, so that their variance is ``1/n``: with ``2/n`` responses
+of a ``Chain`` there is no ReLU, so that their variance is ``1/n``: with ``2/n`` responses
 would grow by a factor √2 with each, 64-fold over the twelve factorized layers of VGG-16.
 """
 
@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from accel.program import path_name
-from accel.rewrite import FactorizedConv
+from accel.rewrite import Chain
 
 AFFINE = (nnx.Conv, nnx.ConvTranspose, nnx.Linear)
 NORMS = (nnx.BatchNorm, nnx.LayerNorm, nnx.GroupNorm)
@@ -38,12 +38,12 @@ def reinitialized(model: nnx.Module, seed: int) -> nnx.Module:
     modules = {
         path_name(parts): node
         for parts, node in nnx.iter_graph(fresh)
-        if isinstance(node, (*AFFINE, *NORMS, FactorizedConv))
+        if isinstance(node, (*AFFINE, *NORMS, Chain))
     }
     unrectified = {
         f"{path}/factors/{index}"
         for path, module in modules.items()
-        if isinstance(module, FactorizedConv)
+        if isinstance(module, Chain)
         for index in range(1, len(module.factors))
     }
     left = {path_name(parts) for parts, _ in nnx.to_flat_state(nnx.state(fresh, nnx.Param))}

@@ -28,7 +28,7 @@ from accel.program import LayerCall, Program, specification
 
 
 def outputs_per_image(call: LayerCall, batch_size: int) -> int:
-    """Number of output positions of a convolution for one image."""
+    """Number of output positions of a layer for one image."""
     positions = math.prod(specification(call.output).shape[:-1])
     if positions % batch_size:
         raise ValueError(
@@ -39,7 +39,7 @@ def outputs_per_image(call: LayerCall, batch_size: int) -> int:
 
 
 def patch_size(call: LayerCall) -> int:
-    """Number of input values that one output position of a convolution is computed from."""
+    """Number of input values that one output position of a layer is computed from."""
     return math.prod(call.layer.kernel.shape[:-1])
 
 
@@ -226,7 +226,8 @@ class AcceleratedRun:
         """
         at = self.replaced
         call = self.calls[at]
-        sampler = _patch_sampler(self.program, call, self.batch_size)
+        dense = isinstance(call.layer, nnx.Linear)
+        sampler = (_row_sampler if dense else _patch_sampler)(self.program, call, self.batch_size)
         rows = np.empty((*positions.shape, patch_size(call)), np.float32)
         kept = sum(place.bytes for place in self.places)
         images = self._images()
@@ -337,5 +338,26 @@ def _patch_sampler(
         ]
         windows = x[(batch.reshape(-1, *(1,) * axes), *indices)]
         return windows.reshape(*positions.shape, -1).astype(jnp.float32)
+
+    return lambda inputs, positions: sample(parameters, inputs, positions)
+
+
+def _row_sampler(
+    program: Program, call: LayerCall, batch_size: int
+) -> Callable[[Any, Any], Float[Array, "batch positions c"]]:
+    """``_patch_sampler`` of a dense layer: an output position sees one row of the input.
+
+    The row is read off the operand of the call's one product, after casts.
+    """
+    equations = program.jaxpr.eqns[call.start : call.stop]
+    (equation,) = (e for e in equations if e.primitive.name == "dot_general")
+    operand, _ = (atom for atom in equation.invars if isinstance(atom, jex.Var))
+    prepare, parameters = program.segment([call.input], [operand])
+
+    @jax.jit
+    def sample(parameters, inputs, positions):
+        (x,) = prepare(parameters, [inputs])
+        rows = x.reshape(batch_size, -1, x.shape[-1])
+        return jnp.take_along_axis(rows, positions[:, :, None], axis=1).astype(jnp.float32)
 
     return lambda inputs, positions: sample(parameters, inputs, positions)

@@ -1,8 +1,8 @@
-"""Selection of what becomes of each convolution: kind and ranks of its chain, for one budget.
+"""Selection of what becomes of each layer: kind and ranks of its chain, for one budget.
 
 The second step of ``accelerate``. By errors that are measured (``measure_errors``), over all kinds
 of chain at once; or by energies, as in the paper (Zhang et al., arXiv:1505.06798, section 3.4), for
-one kind.
+one kind. Dense layers have a budget of their own.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+from flax import nnx
 
 from accel import error_curves
 from accel.calibration import Calibration
@@ -28,6 +29,7 @@ from accel.rank_selection import (
     Rules,
     apply_rules,
     budget_from_speedup,
+    check_speedup,
     measured_error,
 )
 from accel.sensitivity import Sensitivity, images_needed, sensitivity_matrices
@@ -77,7 +79,7 @@ def measure_errors(
         calibration.calls,
         calibration.decompositions,
         images,
-        calibration.macs,
+        {**calibration.macs, **calibration.dense_macs},
         sensitivity,
         batch_size=calibration.batch_size,
         cache_bytes=calibration.cache_bytes,
@@ -100,8 +102,9 @@ def select_ranks(
     rank_selection: str = MEASURED_ERROR,
     rules: Rules | None = None,
     curves: Mapping[str, ErrorCurve] | None = None,
+    dense_speedup: float | None = None,
 ) -> AccelerationPlan:
-    """Chooses what becomes of each convolution so that the network gets cheaper by ``speedup``.
+    """Chooses what becomes of each layer so that the network gets cheaper by ``speedup``.
 
     Args:
         calibration: From ``calibrate``.
@@ -109,18 +112,34 @@ def select_ranks(
         rank_selection: As in ``accelerate``.
         rules: As in ``accelerate``.
         curves: From ``measure_errors``, which is called where they are needed and not given.
+        dense_speedup: As in ``accelerate``; needs a calibration with ``dense_layers``.
     """
     check_rank_selection(rank_selection, calibration.decompositions)
-    if rank_selection == MEASURED_ERROR:
-        curves = measure_errors(calibration) if curves is None else curves
-        chosen = _by_measured_error(calibration, speedup, rules or {}, curves)
-    else:
-        chosen = _by_energy(calibration, speedup, rank_selection, rules or {})
+    if dense_speedup is not None:
+        check_speedup("dense_speedup", dense_speedup)
+        if not calibration.dense_macs:
+            raise ValueError("dense_speedup: calibrated without dense layers (dense_layers=True)")
+    if rank_selection == MEASURED_ERROR and curves is None:
+        curves = measure_errors(calibration)
+
+    def choose(dense: bool, speedup: float) -> dict[str, Candidate | None]:
+        if curves is not None and rank_selection == MEASURED_ERROR:
+            return _by_measured_error(calibration, dense, speedup, rules or {}, curves)
+        return _by_energy(calibration, dense, speedup, rank_selection, rules or {})
+
+    chosen = choose(False, speedup)
+    if dense_speedup is not None:
+        try:
+            chosen |= choose(True, dense_speedup)
+        except ValueError as error:
+            raise ValueError(f"dense_speedup: {error}") from error
     fixed = apply_rules(calibration.widths, rules or {})
     plans = []
     for path in _execution_order(calibration):
         if path in calibration.left_out:
             plans.append(LayerPlan(path, reason=calibration.left_out[path]))
+        elif path not in chosen:
+            plans.append(LayerPlan(path, reason="no dense_speedup given"))
         elif (candidate := chosen[path]) is None:
             reason = "by rule" if fixed[path] == "dense" else "cheaper as it is"
             plans.append(LayerPlan(path, reason=reason))
@@ -129,24 +148,31 @@ def select_ranks(
     return AccelerationPlan(tuple(plans), calibration.folded)
 
 
+def _of_kind(calibration: Calibration, dense: bool) -> tuple[list[LayerCall], Mapping[str, int]]:
+    """The dense layers, or the convolutions, that can be replaced, and MACs of all there are."""
+    calls = [call for call in calibration.calls if isinstance(call.layer, nnx.Linear) == dense]
+    return calls, calibration.dense_macs if dense else calibration.macs
+
+
 def _by_energy(
-    calibration: Calibration, speedup: float, rank_selection: str, rules: Rules
+    calibration: Calibration, dense: bool, speedup: float, rank_selection: str, rules: Rules
 ) -> dict[str, Candidate | None]:
-    (decomposition,) = calibration.decompositions
+    (decomposition,) = (kind for kind in calibration.decompositions if kind.dense == dense)
     fixed = apply_rules(calibration.widths, rules)
+    calls, dense_macs = _of_kind(calibration, dense)
     layers = []
-    for call in calibration.calls:
+    for call in calls:
         macs = rank_macs(call, decomposition)
         layers.append(
             LayerChoices(
                 path=call.path,
                 spectrum=_spectrum(calibration, call, decomposition, len(macs)),
-                dense_macs=calibration.macs[call.path],
+                dense_macs=dense_macs[call.path],
                 rank_macs=macs,
                 fixed=fixed[call.path],
             )
         )
-    total = sum(calibration.macs.values())
+    total = sum(dense_macs.values())
     problem = RankProblem(
         layers=tuple(layers),
         other_macs=total - sum(layer.dense_macs for layer in layers),
@@ -154,7 +180,7 @@ def _by_energy(
     )
     ranks = RANK_SELECTION[rank_selection](problem)
     found: dict[str, Candidate | None] = {}
-    for call in calibration.calls:
+    for call in calls:
         rank = ranks[call.path]
         found[call.path] = (
             None
@@ -186,21 +212,26 @@ def _spectrum(
 
 
 def _by_measured_error(
-    calibration: Calibration, speedup: float, rules: Rules, curves: Mapping[str, ErrorCurve]
+    calibration: Calibration,
+    dense: bool,
+    speedup: float,
+    rules: Rules,
+    curves: Mapping[str, ErrorCurve],
 ) -> dict[str, Candidate | None]:
     fixed = apply_rules(calibration.widths, rules)
+    calls, dense_macs = _of_kind(calibration, dense)
     layers = [
         LayerErrors(
             path=call.path,
             candidates=curves[call.path].candidates,
             macs=curves[call.path].macs,
             errors=curves[call.path].errors,
-            dense_macs=calibration.macs[call.path],
+            dense_macs=dense_macs[call.path],
             fixed=fixed[call.path],
         )
-        for call in calibration.calls
+        for call in calls
     ]
-    total = sum(calibration.macs.values())
+    total = sum(dense_macs.values())
     other = total - sum(layer.dense_macs for layer in layers)
     return measured_error(layers, other, budget_from_speedup(total, speedup))
 
@@ -210,10 +241,11 @@ def check_rank_selection(name: str, decompositions: Sequence[Decomposition]) -> 
     if name != MEASURED_ERROR and name not in RANK_SELECTION:
         known = ", ".join((*RANK_SELECTION, MEASURED_ERROR))
         raise ValueError(f"unknown rank selection {name!r}; known: {known}")
-    if name != MEASURED_ERROR and len(decompositions) != 1:
+    kinds = [kind.name for kind in decompositions if not kind.dense]
+    if name != MEASURED_ERROR and len(kinds) != 1:
         raise ValueError(
-            f"{name} chooses ranks of one kind of chain, found"
-            f" {', '.join(kind.name for kind in decompositions)}; choose one, or {MEASURED_ERROR}"
+            f"{name} chooses ranks of one kind of chain, found {', '.join(kinds)}; choose"
+            f" one, or {MEASURED_ERROR}"
         )
 
 

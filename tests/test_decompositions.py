@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from accel.cost import count_conv_macs
+from accel.cost import count_macs
 from accel.decompositions import DECOMPOSITIONS, composed
+from accel.decompositions.base import kernel_size
 from accel.decompositions.split import Cutter, split
 from accel.reconstruction import RECONSTRUCTIONS, LayerProblem
-from accel.rewrite import FactorizedConv
+from accel.rewrite import chain_for
 from accel.solvers import Alternating, ReducedRankRegression
 from accel.solvers.kernel_regression import fit_kernel
 
@@ -32,18 +33,31 @@ CONVS = {
     "row": {"kernel_size": (1, 5)},
     "one axis": {"kernel_size": (5,)},
     "three axes": {"kernel_size": (3, 2, 3)},
+    "dense": {"dense": True},
+    "dense, no bias": {"dense": True, "use_bias": False},
 }
+RNGS = nnx.Rngs(0)
 DECOMPOSITION = pytest.mark.parametrize("name", DECOMPOSITIONS)
 
 
-def convolution(arguments=None, channels=(3, 8), seed=0) -> nnx.Conv:
-    conv = nnx.Conv(*channels, rngs=nnx.Rngs(seed), **{"kernel_size": (3, 3), **(arguments or {})})
+def convolution(arguments=None, channels=(3, 8), seed=0) -> nnx.Conv | nnx.Linear:
+    """A convolution, or with ``dense`` a dense layer."""
+    arguments = {"dense": False, **(arguments or {})}
+    if arguments.pop("dense"):
+        conv = nnx.Linear(*channels, rngs=nnx.Rngs(seed), **arguments)
+    else:
+        conv = nnx.Conv(*channels, rngs=nnx.Rngs(seed), **{"kernel_size": (3, 3), **arguments})
     if conv.bias is not None:
         conv.bias[...] = jax.random.normal(jax.random.key(seed + 1), conv.bias.shape)
     return conv
 
 
-def patches_of(conv: nnx.Conv, rows: int, seed: int = 0) -> np.ndarray:
+def suited(name: str) -> nnx.Conv | nnx.Linear:
+    """A layer of 6 input and 10 output channels for a decomposition."""
+    return convolution({"dense": DECOMPOSITIONS[name].dense}, channels=(6, 10))
+
+
+def patches_of(conv: nnx.Conv | nnx.Linear, rows: int, seed: int = 0) -> np.ndarray:
     """Smooth patches, whose values are far from independent of each other."""
     random = np.random.default_rng(seed)
     patch = int(np.prod(conv.kernel.shape[:-1]))
@@ -53,7 +67,7 @@ def patches_of(conv: nnx.Conv, rows: int, seed: int = 0) -> np.ndarray:
 
 
 def problem(name, ranks, conv=None, rows=600, noise=0.0, solver=None) -> LayerProblem:
-    conv = convolution(channels=(6, 10)) if conv is None else conv
+    conv = suited(name) if conv is None else conv
     original = patches_of(conv, rows)
     kernel = np.asarray(conv.kernel[...]).reshape(-1, conv.out_features)
     random = np.random.default_rng(5)
@@ -80,12 +94,16 @@ def error(found, problem) -> float:
 def test_at_full_rank_the_chain_is_the_convolution(name, case):
     conv, decomposition = convolution(CONVS[case]), DECOMPOSITIONS[name]
     if (reason := decomposition.unsuitable(conv)) is not None:
+        if decomposition.dense or case.startswith("dense"):
+            assert reason.startswith("a convolution" if decomposition.dense else "a dense layer")
+            assert decomposition.dense != case.startswith("dense")
+            return
         # Only where one factor would be the convolution itself.
         assert "nothing to separate" in reason or "1×1" in reason
         assert case in ("pointwise", "row", "one axis")
         return
     ranks = decomposition.ranks(conv, decomposition.largest_rank(conv))
-    images = jax.random.normal(jax.random.key(2), (2, *(7,) * len(conv.kernel_size), 3))
+    images = jax.random.normal(jax.random.key(2), (2, *(7,) * len(kernel_size(conv)), 3))
     kernel = np.asarray(conv.kernel[...], np.float64)
     found, _ = split(
         decomposition.structure(conv), jnp.asarray(kernel.reshape(-1, 8), jnp.float32), ranks
@@ -93,7 +111,7 @@ def test_at_full_rank_the_chain_is_the_convolution(name, case):
     bias = np.zeros(8, np.float32) if conv.bias is None else np.asarray(conv.bias[...])
     weights = decomposition.weights(conv, ranks, found._replace(bias=bias))
     np.testing.assert_allclose(composed(weights), kernel, atol=1e-4)
-    chain = FactorizedConv(conv, decomposition.factors(conv, *ranks), weights)
+    chain = chain_for(conv, decomposition.factors(conv, *ranks), weights)
     np.testing.assert_allclose(chain(images), conv(images), rtol=1e-4, atol=1e-4)
 
 
@@ -103,12 +121,12 @@ def test_macs_are_those_of_an_independent_count(name, case):
     conv, decomposition = convolution(CONVS[case]), DECOMPOSITIONS[name]
     if decomposition.unsuitable(conv) is not None:
         return
-    images = jax.ShapeDtypeStruct((1, *(9,) * len(conv.kernel_size), 3), jnp.float32)
+    images = jax.ShapeDtypeStruct((1, *(9,) * len(kernel_size(conv)), 3), jnp.float32)
     output = jax.eval_shape(conv, images)
     for rank in (1, 2, 3):
         ranks = decomposition.ranks(conv, rank)
-        chain = FactorizedConv(conv, decomposition.factors(conv, *ranks))
-        counted = sum(count_conv_macs(chain, images).values())
+        chain = chain_for(conv, decomposition.factors(conv, *ranks))
+        counted = sum(count_macs(chain, images).values())
         assert counted == decomposition.macs(conv, ranks, images.shape[1:-1], output.shape[1:-1])
 
 
@@ -133,17 +151,19 @@ def test_the_published_configuration_of_vgg16_is_four_times_cheaper():
 @DECOMPOSITION
 def test_data_free_splits_are_the_singular_value_decompositions(name):
     """Against NumPy in float64; the chains with two ranks against bounds of HOSVD."""
-    conv = convolution(channels=(6, 10))
+    conv = suited(name)
     structure = DECOMPOSITIONS[name].structure(conv)
     with jax.enable_x64(True):
         kernel = np.asarray(conv.kernel[...], np.float64)
         W = jnp.asarray(kernel.reshape(-1, 10))
         by_output = np.linalg.svd(kernel.reshape(-1, 10), compute_uv=False)
-        by_input = np.linalg.svd(kernel.transpose(2, 0, 1, 3).reshape(6, -1), compute_uv=False)
-        by_column = np.linalg.svd(kernel.transpose(0, 2, 1, 3).reshape(18, 30), compute_uv=False)
+        by_input = np.linalg.svd(np.moveaxis(kernel, -2, 0).reshape(6, -1), compute_uv=False)
+        column = kernel if kernel.ndim == 2 else kernel.transpose(0, 2, 1, 3).reshape(18, 30)
+        by_column = np.linalg.svd(column, compute_uv=False)
         tail = lambda values, rank: float((values[rank:] ** 2).sum())  # noqa: E731
         wanted = {
             "channel": (tail(by_output, 4),) * 2,
+            "svd": (tail(by_output, 4),) * 2,
             "channel_input": (tail(by_input, 4),) * 2,
             "spatial": (tail(by_column, 4),) * 2,
             "channel_spatial": (
@@ -165,13 +185,15 @@ def test_data_free_splits_are_the_singular_value_decompositions(name):
 
 @DECOMPOSITION
 def test_sweeps_lower_the_objective_and_the_metric_counts(name):
-    conv = convolution(channels=(6, 10))
+    conv = suited(name)
     decomposition = DECOMPOSITIONS[name]
     structure = decomposition.structure(conv)
     ranks = decomposition.ranks(conv, 4)
     patches = patches_of(conv, 900)
     with jax.enable_x64(True):
-        covariance = jnp.asarray(np.cov(patches.T.astype(np.float64)) + 1e-6 * np.eye(54))
+        covariance = jnp.asarray(
+            np.cov(patches.T.astype(np.float64)) + 1e-6 * np.eye(len(patches.T))
+        )
         W = jnp.asarray(np.asarray(conv.kernel[...], np.float64).reshape(-1, 10))
 
         def in_metric(found) -> float:
@@ -196,7 +218,7 @@ def test_sweeps_lower_the_objective_and_the_metric_counts(name):
 @pytest.mark.parametrize("reconstruction", RECONSTRUCTIONS)
 @DECOMPOSITION
 def test_errors_fall_with_the_rank_to_nothing(name, reconstruction):
-    decomposition, conv = DECOMPOSITIONS[name], convolution(channels=(6, 10))
+    decomposition, conv = DECOMPOSITIONS[name], suited(name)
     largest = decomposition.largest_rank(conv)
     errors = []
     for rank in (1, 3, 6, largest):
@@ -211,7 +233,7 @@ def test_errors_fall_with_the_rank_to_nothing(name, reconstruction):
 @DECOMPOSITION
 def test_responses_beat_weights_and_joint_beats_responses(name):
     """On rows of their own, with inputs that differ from the original network's."""
-    decomposition, conv = DECOMPOSITIONS[name], convolution(channels=(6, 10))
+    decomposition, conv = DECOMPOSITIONS[name], suited(name)
     ranks = decomposition.ranks(conv, 3)
     for solver in (ReducedRankRegression(), Alternating()):
         given = problem(name, ranks, conv, rows=2000, noise=0.2, solver=solver)
@@ -266,10 +288,15 @@ def test_without_rows_to_set_aside_the_prior_is_strong():
 def test_what_does_not_fit_is_refused(name):
     decomposition = DECOMPOSITIONS[name]
     grouped = nnx.Conv(6, 12, (3, 3), feature_group_count=3, rngs=nnx.Rngs(0))
-    assert "grouped convolution (3 groups)" in str(decomposition.unsuitable(grouped))
     transposed = nnx.Conv(6, 12, (3, 3), input_dilation=2, rngs=nnx.Rngs(0))
-    assert "dilated input" in str(decomposition.unsuitable(transposed))
-    conv = convolution()
+    if decomposition.dense:
+        own = nnx.Linear(6, 12, dot_general=lambda *a, **k: jax.lax.dot_general(*a, **k), rngs=RNGS)
+        assert "a product of its own" in str(decomposition.unsuitable(own))
+        assert decomposition.unsuitable(grouped) == "a convolution"
+    else:
+        assert "grouped convolution (3 groups)" in str(decomposition.unsuitable(grouped))
+        assert "dilated input" in str(decomposition.unsuitable(transposed))
+    conv = suited(name)
     count = len(decomposition.ranks(conv, 1))
     for ranks in ((1,) * (count + 1), (0,) * count):
         with pytest.raises(ValueError, match=f"{name} takes {count} ranks of 1 or more"):

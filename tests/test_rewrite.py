@@ -22,7 +22,9 @@ def test_the_copy_shares_nothing_with_the_model():
 
 def test_a_layer_that_the_network_does_not_have_is_refused():
     plan = AccelerationPlan((LayerPlan("steam", "channel", (4,)),))
-    with pytest.raises(ValueError, match=r"'steam', which is no nnx\.Conv of Residual"):
+    with pytest.raises(
+        ValueError, match=r"'steam', which is no nnx\.Conv or nnx\.Linear of Residual"
+    ):
         rewrite(networks.network("residual"), plan)
 
 

@@ -88,6 +88,13 @@ def count_conv_macs(model: nnx.Module, images: Any) -> dict[Path, int]:
     return _count(model, images, _CONVOLUTION)
 
 
+def count_dense_macs(model: nnx.Module, images: Any) -> dict[Path, int]:
+    """As ``count_macs``, but of the dense layers (``nnx.Linear``) alone, no other product."""
+    dense = {path_name(p) for p, node in nnx.iter_graph(model) if isinstance(node, nnx.Linear)}
+    counted = _count(model, images, _PRODUCT)
+    return {path: macs for path, macs in counted.items() if path in dense}
+
+
 def _shape(atom: Any) -> tuple[int, ...]:
     return atom.aval.shape
 

@@ -1,4 +1,4 @@
-"""Decompositions of a convolution into a chain of cheaper ones, by name."""
+"""Decompositions of a layer into a chain of cheaper ones, by name."""
 
 from accel.decompositions.base import Decomposition, Factor, Weights, composed
 from accel.decompositions.channel import Channel
@@ -6,11 +6,12 @@ from accel.decompositions.channel_input import ChannelInput
 from accel.decompositions.channel_spatial import ChannelSpatial
 from accel.decompositions.spatial import Spatial
 from accel.decompositions.split import Split, Structure
+from accel.decompositions.svd import Svd
 from accel.decompositions.tucker2 import Tucker2
 
 DECOMPOSITIONS: dict[str, Decomposition] = {
     decomposition.name: decomposition
-    for decomposition in (Channel(), ChannelInput(), Spatial(), ChannelSpatial(), Tucker2())
+    for decomposition in (Channel(), ChannelInput(), Spatial(), ChannelSpatial(), Tucker2(), Svd())
 }
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "Spatial",
     "Split",
     "Structure",
+    "Svd",
     "Tucker2",
     "Weights",
     "composed",

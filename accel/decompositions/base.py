@@ -9,6 +9,9 @@ All chains are made of the same three parts, any of which may be missing:
 ``channel`` is middle and last, ``spatial`` and ``channel_input`` are first and middle,
 ``channel_spatial`` and ``tucker2`` have all three. So a decomposition says which taps its first
 factor takes and whether there is a last one; the rest follows.
+
+A dense layer is a convolution without taps: its patch is a row of its input. ``svd`` is middle and
+last of such a layer.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple, final
 
+import jax
 import numpy as np
 from jaxtyping import Float
 
@@ -27,7 +31,9 @@ from accel.decompositions.split import Split, Structure
 
 @dataclasses.dataclass(frozen=True)
 class Factor:
-    """Shape of one convolution of a chain; strides, padding and dilation as ``flax.nnx.Conv``'s.
+    """Shape of one layer of a chain; strides, padding and dilation as ``flax.nnx.Conv``'s.
+
+    The kernel of a dense layer has the size ``()``.
 
     Attributes:
         axes: The spatial axes whose taps, stride and padding are this factor's.
@@ -56,15 +62,18 @@ class Weights(NamedTuple):
 
 
 class Decomposition(abc.ABC):
-    """A way to write a convolution as a chain of cheaper ones.
+    """A way to write a layer as a chain of cheaper ones.
 
     Attributes:
         name: What it is called.
         has_last: Whether the chain ends in a 1×1 factor.
+        dense: Whether it replaces dense layers (``flax.nnx.Linear``), not convolutions
+            (``flax.nnx.Conv``); ``conv`` below stands for either.
     """
 
     name: str
     has_last: bool
+    dense: bool = False
 
     @abc.abstractmethod
     def first_axes(self, axes: int) -> tuple[int, ...] | None:
@@ -79,7 +88,14 @@ class Decomposition(abc.ABC):
         """The rank at which the chain can reproduce ``conv``."""
 
     def unsuitable(self, conv: Any) -> str | None:
-        """Why this decomposition cannot take ``conv`` (a ``flax.nnx.Conv``), or None if it can."""
+        """Why this decomposition cannot take ``conv``, or None if it can."""
+        if self.dense != (not kernel_size(conv)):
+            return (
+                "a convolution" if self.dense else "a dense layer, which has no taps: svd is for it"
+            )
+        if self.dense:
+            # What another product than the plain one computes is unknown (it may quantize, say).
+            return None if conv.dot_general is jax.lax.dot_general else "a product of its own"
         if conv.feature_group_count != 1:
             return f"grouped convolution ({conv.feature_group_count} groups)"
         if conv.mask is not None:
@@ -100,11 +116,12 @@ class Decomposition(abc.ABC):
     @final
     def structure(self, conv: Any) -> Structure:
         """How the kernel of ``conv`` is cut into the chain's parts."""
+        taps = kernel_size(conv)
         return Structure(
-            tuple(conv.kernel_size),
+            taps,
             conv.in_features,
             conv.out_features,
-            self.first_axes(len(conv.kernel_size)),
+            self.first_axes(len(taps)),
             self.has_last,
         )
 
@@ -115,7 +132,8 @@ class Decomposition(abc.ABC):
         Raises:
             ValueError: If it is not one rank for each inner width of the chain, or one is below 1.
         """
-        axes = tuple(range(len(conv.kernel_size)))
+        taps = kernel_size(conv)
+        axes = tuple(range(len(taps)))
         first = self.first_axes(len(axes))
         wanted = (first is not None) + self.has_last
         if len(ranks) != wanted or min(ranks) < 1:
@@ -124,14 +142,17 @@ class Decomposition(abc.ABC):
         steps = [] if first is None else [first]
         steps += [middle, *([()] if self.has_last else [])]
         widths = [conv.in_features, *ranks, conv.out_features]
+        strides, padding, dilation = (
+            (conv.strides, conv.padding, conv.kernel_dilation) if axes else ((), "VALID", ())
+        )
         return tuple(
             Factor(
-                kernel_size=tuple(conv.kernel_size[a] if a in own else 1 for a in axes),
+                kernel_size=tuple(taps[a] if a in own else 1 for a in axes),
                 in_channels=widths[index],
                 out_channels=widths[index + 1],
-                strides=_along(conv.strides, own, axes, 1),
-                padding=_padding_along(conv.padding, own, axes),
-                kernel_dilation=_along(conv.kernel_dilation, own, axes, 1),
+                strides=_along(strides, own, axes, 1),
+                padding=_padding_along(padding, own, axes),
+                kernel_dilation=_along(dilation, own, axes, 1),
                 use_bias=index == len(steps) - 1,
                 axes=own,
             )
@@ -145,9 +166,10 @@ class Decomposition(abc.ABC):
         """Multiply-accumulates per image of the chain.
 
         Args:
-            conv: The convolution it replaces.
+            conv: The layer it replaces.
             ranks: The chain's ranks.
-            input_size: Spatial size of what ``conv`` is given.
+            input_size: Spatial size of what ``conv`` is given (of a dense layer: what is between
+                the batch and the features; empty for ``[batch, features]``).
             output_size: Spatial size of what it returns.
         """
         size, total = list(input_size), 0
@@ -177,8 +199,13 @@ class Decomposition(abc.ABC):
         )
 
 
+def kernel_size(layer: Any) -> tuple[int, ...]:
+    """Taps of a layer along each spatial axis: none for a dense layer."""
+    return tuple(layer.kernel.shape[:-2])
+
+
 def composed(weights: Sequence[Weights]) -> Float[np.ndarray, "... c d"]:
-    """The kernel of the one convolution that a chain computes; its factors share no taps."""
+    """The kernel of the one layer that a chain computes; its factors share no taps."""
     kernel = weights[0].kernel
     for following, _ in weights[1:]:
         kernel = kernel @ following

@@ -15,6 +15,7 @@ from accel.rank_selection.problem import (
     RankProblem,
     Ranks,
     budget_from_speedup,
+    check_speedup,
 )
 from accel.rank_selection.rules import Rule, Rules, apply_rules
 from accel.rank_selection.uniform import uniform
@@ -36,5 +37,6 @@ __all__ = [
     "Rules",
     "apply_rules",
     "budget_from_speedup",
+    "check_speedup",
     "measured_error",
 ]

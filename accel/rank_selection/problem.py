@@ -189,11 +189,16 @@ class RankProblem:
 
 
 def budget_from_speedup(total_original_macs: int, speedup: float) -> int:
-    """The MACs per image that a speedup leaves of all the original convolutions' MACs.
+    """The MACs per image that a speedup leaves of all the original layers' MACs.
 
     Raises:
         ValueError: If the speedup is not a finite number above 1.
     """
-    if not (speedup > 1 and math.isfinite(speedup)):
-        raise ValueError(f"a speedup must be a finite number above 1, found {speedup}")
+    check_speedup("speedup", speedup)
     return math.floor(total_original_macs / speedup)
+
+
+def check_speedup(name: str, speedup: float) -> None:
+    """Raises ValueError, with the name, if a speedup is not a finite number above 1."""
+    if not (speedup > 1 and math.isfinite(speedup)):
+        raise ValueError(f"a {name} must be a finite number above 1, found {speedup}")

@@ -33,14 +33,14 @@ from accel.images import ArraySource, ImageSource, fitting_images, full_batches
 from accel.program import LayerCall, Program, specification, trace
 from accel.progress import Progress
 from accel.repair.augmentation import augment
-from accel.rewrite import FactorizedConv
+from accel.rewrite import FactorizedConv, FactorizedLinear
 
 Parameters = list[jax.Array]
 
 OUTPUTS = "outputs"
 # What enters one of these layers can be compared: it is after the activation, the pooling and the
 # addition of a residual block, and it is the same whether batch normalisation was folded or not.
-LAYERS = (nnx.Conv, nnx.Linear, FactorizedConv)
+LAYERS = (nnx.Conv, nnx.Linear, FactorizedConv, FactorizedLinear)
 WARM_UP = 0.1
 
 

@@ -11,7 +11,16 @@ from accel.report.report import Report
 
 def summary(report: Report) -> RenderableType:
     """What became of each layer, and what it gave: cost, measured time, metrics."""
-    table = Table(title=f"{report.model}: {report.macs['speedup']:.2f}× fewer MACs", expand=False)
+    macs = report.macs
+    title = f"{report.model}: {macs['speedup']:.2f}× fewer MACs"
+    totals = [("all", "original", "accelerated")]
+    if "dense_speedup" in macs:
+        title += f", dense layers {macs['dense_speedup']:.2f}×"
+        totals = [
+            ("all convolutions", "original", "accelerated"),
+            ("all dense layers", "dense_original", "dense_accelerated"),
+        ]
+    table = Table(title=title, expand=False)
     table.add_column("layer")
     table.add_column("chain")
     table.add_column("ranks")
@@ -27,14 +36,8 @@ def summary(report: Report) -> RenderableType:
             "" if layer.response_error is None else f"{layer.response_error:.4f}",
         )
     table.add_section()
-    table.add_row(
-        "all",
-        "",
-        "",
-        f"{report.macs['original'] / 1e6:,.1f}",
-        f"{report.macs['accelerated'] / 1e6:,.1f}",
-        "",
-    )
+    for name, before, after in totals:
+        table.add_row(name, "", "", f"{macs[before] / 1e6:,.1f}", f"{macs[after] / 1e6:,.1f}", "")
     lines = [
         *(
             f"batch {batch}: {time['original_ms']:.2f} ms → {time['accelerated_ms']:.2f} ms,"

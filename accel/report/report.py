@@ -10,11 +10,12 @@ from typing import Any
 
 @dataclasses.dataclass(frozen=True)
 class LayerReport:
-    """One convolution of the network.
+    """One convolution or dense layer of the network.
 
     Attributes:
         path: Path in the module tree.
-        decomposition: Name of the decomposition, None where the convolution was left as it was.
+        layer_type: ``Conv`` or ``Linear``.
+        decomposition: Name of the decomposition, None where the layer was left as it was.
         ranks: Ranks of the decomposition.
         macs_original: Multiply-accumulates per image before.
         macs_accelerated: Multiply-accumulates per image after.
@@ -26,6 +27,7 @@ class LayerReport:
     """
 
     path: str
+    layer_type: str
     decomposition: str | None
     ranks: tuple[int, ...]
     macs_original: int
@@ -45,9 +47,12 @@ class Report:
         versions: Versions of the packages that matter.
         settings: How it was asked for: speedup, solver, rank selection, seed, …
         macs: Multiply-accumulates of all convolutions per image: original, accelerated, speedup.
+            Where dense layers had a budget, also theirs, apart: dense_original, dense_accelerated,
+            dense_speedup.
         latency: By batch size: medians in milliseconds and their ratio.
         metrics: By name: the original's and the accelerated network's figure.
-        layers: Every convolution, in order of execution.
+        layers: Every convolution and, where they had a budget, every dense layer, in order of
+            execution.
         seconds: Time spent by stage.
         memory: Stated and measured peak of host memory in bytes.
         repair: What was done to the network as a whole afterwards, and what it gained, by name: for
