@@ -35,7 +35,7 @@ from accel.evaluation import accuracy, compare_outputs
 from accel.models import ModelSpec
 from accel.progress import Progress
 from accel.rank_selection import Rules
-from accel.repair import Distillation, distill
+from accel.repair import Distillation, distill, refit
 from accel.selection import MEASURED_ERROR
 from accel.weights import load
 
@@ -220,8 +220,10 @@ class Experiment:
         positions_per_image: Sampled output positions per image and layer.
         batch_size: Images per batch in calibration and evaluation.
         seed: Seed of all that is drawn.
-        distillation: How the accelerated network is distilled from the original afterwards, on the
-            calibration images without labels (``accel.repair.distill``); None for not at all.
+        second_sweep: Iterations of the second sweep, which refits all chains to the outputs, on the
+            calibration images without labels (``accel.repair.refit``); 0 for none.
+        distillation: How the accelerated network is then distilled from the original, on the same
+            images (``accel.repair.distill``); None for not at all.
         latency_batches: Batch sizes to time; none for no timing.
         latency_seconds: Time for timing.
         image_limit: How many images to use of each kind at most; None for all.
@@ -243,6 +245,7 @@ class Experiment:
     positions_per_image: int = 10
     batch_size: int = 16
     seed: int = 0
+    second_sweep: int = 0
     distillation: Distillation | None = None
     latency_batches: tuple[int, ...] = (1, 8)
     latency_seconds: float = 20.0
@@ -260,6 +263,7 @@ class Experiment:
             positions_per_image=4,
             decompositions=self.decompositions[:1],
             rank_selection="exact_energy" if by_errors else self.rank_selection,
+            second_sweep=min(1, self.second_sweep),
             distillation=self.distillation and dataclasses.replace(self.distillation, epochs=1),
             latency_seconds=2.0,
             latency_batches=(1,),
@@ -377,6 +381,8 @@ def run(experiment: Experiment, name: str, out: Path, progress: Progress) -> Res
     before = experiment.accuracy(original)
     before_seconds = time.perf_counter() - start
     result = experiment.accelerate(original, images, progress, resume=partial / "layers")
+    if experiment.second_sweep:
+        result = _refitted(experiment, original, images, result, progress)
     if experiment.distillation is not None:
         result = _distilled(experiment, original, images, result, partial, progress)
     evaluation_start = time.perf_counter()
@@ -410,6 +416,41 @@ def run(experiment: Experiment, name: str, out: Path, progress: Progress) -> Res
     return dataclasses.replace(result, report=report)
 
 
+def _refitted(
+    experiment: Experiment,
+    original: nnx.Module,
+    images: PixelSource,
+    result: Result,
+    progress: Progress,
+) -> Result:
+    """The result after a second sweep, and what that gained and took in its report."""
+    found = refit(
+        original,
+        result.model,
+        images,
+        iterations=experiment.second_sweep,
+        batch_size=experiment.batch_size,
+        seed=experiment.seed,
+        progress=progress,
+    )
+    told = {
+        "error_before": found.error_before,
+        "error_after": found.error_after,
+        "errors": list(found.history),
+        "steps": list(found.steps),
+    }
+    return _repaired(result, found.model, "second_sweep", told, found.seconds)
+
+
+def _repaired(result: Result, model: nnx.Module, name: str, told: dict, seconds: float) -> Result:
+    report = dataclasses.replace(
+        result.report,
+        repair={**result.report.repair, name: told},
+        seconds={**result.report.seconds, name: seconds},
+    )
+    return dataclasses.replace(result, model=model, report=report)
+
+
 def _distilled(
     experiment: Experiment,
     original: nnx.Module,
@@ -428,17 +469,13 @@ def _distilled(
         resume=folder / "distillation",
         progress=progress,
     )
-    repair = {
-        "distillation": {
-            "error_before": found.error_before,
-            "error_after": found.error_after,
-            "best_epoch": found.best,
-            "epochs": [dataclasses.asdict(epoch) for epoch in found.history],
-        }
+    told = {
+        "error_before": found.error_before,
+        "error_after": found.error_after,
+        "best_epoch": found.best,
+        "epochs": [dataclasses.asdict(epoch) for epoch in found.history],
     }
-    seconds = {**result.report.seconds, "distill": found.seconds}
-    report = dataclasses.replace(result.report, repair=repair, seconds=seconds)
-    return dataclasses.replace(result, model=found.model, report=report)
+    return _repaired(result, found.model, "distillation", told, found.seconds)
 
 
 def begin_folder(text: str, out: Path) -> Path:

@@ -226,8 +226,7 @@ class AcceleratedRun:
         """
         at = self.replaced
         call = self.calls[at]
-        dense = isinstance(call.layer, nnx.Linear)
-        sampler = (_row_sampler if dense else _patch_sampler)(self.program, call, self.batch_size)
+        sampler = patch_sampler(self.program, call, self.batch_size)
         rows = np.empty((*positions.shape, patch_size(call)), np.float32)
         kept = sum(place.bytes for place in self.places)
         images = self._images()
@@ -299,7 +298,15 @@ class AcceleratedRun:
                 yield batch
 
 
-def _patch_sampler(
+def patch_sampler(
+    program: Program, call: LayerCall, batch_size: int
+) -> Callable[[Any, Any], Float[Array, "batch positions p"]]:
+    """A jitted function ``(input of the call, positions) -> patches that these positions see``."""
+    dense = isinstance(call.layer, nnx.Linear)
+    return (_row_sampler if dense else _convolution_sampler)(program, call, batch_size)
+
+
+def _convolution_sampler(
     program: Program, call: LayerCall, batch_size: int
 ) -> Callable[[Any, Any], Float[Array, "batch positions p"]]:
     """A jitted function ``(input of the call, positions) -> patches that these positions see``.
@@ -345,7 +352,7 @@ def _patch_sampler(
 def _row_sampler(
     program: Program, call: LayerCall, batch_size: int
 ) -> Callable[[Any, Any], Float[Array, "batch positions c"]]:
-    """``_patch_sampler`` of a dense layer: an output position sees one row of the input.
+    """``_convolution_sampler`` of a dense layer: an output position sees one row of the input.
 
     The row is read off the operand of the call's one product, after casts.
     """

@@ -7,5 +7,14 @@ from accel.repair.distillation import (
     TrainingDiverged,
     distill,
 )
+from accel.repair.second_sweep import Refitted, refit
 
-__all__ = ["Distillation", "Distilled", "Epoch", "TrainingDiverged", "distill"]
+__all__ = [
+    "Distillation",
+    "Distilled",
+    "Epoch",
+    "Refitted",
+    "TrainingDiverged",
+    "distill",
+    "refit",
+]

@@ -18,6 +18,7 @@ import dataclasses
 import json
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -203,6 +204,7 @@ def make_table(table: Table, out: Path, command: str, progress: Progress) -> str
             f" if stopped, it goes on when called again with --out {out}"
         )
         unfinished = out / "unfinished"
+        began, finished = time.monotonic(), 0
         with _shared_compilations():
             for line in table.measure(original, images, wanted, unfinished, progress):
                 lines.append({**line, "environment": environment})
@@ -210,7 +212,10 @@ def make_table(table: Table, out: Path, command: str, progress: Progress) -> str
                 write_whole(out / "raw.jsonl", raw)
                 write_whole(out / "table.md", table.markdown(lines))
                 cell = ", ".join(str(line[name]) for name in table.KEY)
-                progress.say(f"measured: {cell}")
+                finished += 1
+                left = len(wanted) - finished
+                minutes = (time.monotonic() - began) / finished * left / 60
+                progress.say(f"measured: {cell}; {left} cells left, about {minutes:.0f} min")
         shutil.rmtree(unfinished, ignore_errors=True)
     text = table.markdown(lines)
     write_whole(out / "table.md", text)

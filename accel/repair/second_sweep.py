@@ -1,0 +1,393 @@
+"""The second sweep: every factor is refitted with all of its neighbours in place.
+
+    min_W  R(W) = Σ‖f(x) - f_W(x)‖² / Σ‖f(x)‖²
+
+f are the outputs of the original network, f_W those of the accelerated one, W all weights and
+biases of its chains, sums go over unlabelled images. The first sweep fits a layer to what the
+layers before feed it and to the original's responses; it knows nothing of the chains that come
+after it, and repeating it would change nothing. This one fits to the outputs, where what all layers
+do has its effect.
+
+If the factors of one layer were changed by D, the outputs would change so that, to first order and
+taking the positions of a map for independent,
+
+    R(W + D) = R(W) - 2 tr(Dᵀ C) + tr(Dᵀ A D S),    C = -∇R / 2,
+
+A the second moments of what the factor is given, S the sensitivity of the outputs to what it
+answers (``accel.sensitivity``). So D = A⁻¹ C S⁻¹ is the refit. All factors are refitted at once;
+that their effects overlap is made up for by the length of the step, which is searched for, and by
+making each direction conjugate to the one before (Polak and Ribière's nonlinear conjugate
+gradients, preconditioned). Gauss-Newton with Kronecker factors: Martens and Grosse,
+arXiv:1503.05671.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.extend.core as jex
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from accel.evaluation.forward import forward_function, output_shape, padded
+from accel.images import ArraySource, ImageSource, fitting_images, full_batches
+from accel.program import LayerCall, Program, named_layers, specification, trace
+from accel.progress import Progress
+from accel.rewrite import FactorizedConv, FactorizedLinear
+from accel.runs import patch_sampler, patch_size, sample_positions
+from accel.sensitivity import images_needed, sensitivity_matrices
+
+# Rows of patches for the second moments of a factor, at most.
+ROWS = 12_000
+MOMENT_IMAGES = 256
+# What is added to A and S, as a share of their mean: their small eigenvalues are not measured well
+# enough to divide by.
+DAMPING = 1e-2
+# Where a step that is this much shorter than the last one helps nothing, none does.
+SHORTEST = 2.0**-12
+
+
+@dataclasses.dataclass(frozen=True)
+class Refitted:
+    """A refitted network.
+
+    Attributes:
+        model: The accelerated network with the best weights; shares nothing with the given one.
+        history: R on the images that are not used for fitting, before and after each iteration.
+        steps: The length of each iteration's step, as a share of the refit of a layer by itself. It
+            is far below 1 where errors of neighbouring positions go together, as they do where many
+            see the same mistake.
+        seconds: Time it took, compilation included.
+    """
+
+    model: nnx.Module
+    history: tuple[float, ...]
+    steps: tuple[float, ...]
+    seconds: float
+
+    @property
+    def error_before(self) -> float:
+        """R on held-out images, before."""
+        return self.history[0]
+
+    @property
+    def error_after(self) -> float:
+        """The same, of ``model``. Never more, and a little flattered: steps were chosen by it."""
+        return self.history[-1]
+
+
+def refit(
+    original: nnx.Module,
+    accelerated: nnx.Module,
+    images: ImageSource | np.ndarray | jax.Array,
+    *,
+    iterations: int = 10,
+    fitting: np.ndarray | None = None,
+    batch_size: int = 50,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Refitted:
+    """Refits all chains of ``accelerated`` at once to the outputs of ``original``.
+
+    An iteration goes once through the images. It ends when no step makes the outputs better on
+    images that are not used for fitting; so the result is never worse there than what was given.
+
+    Args:
+        original: The network to come close to, called as ``original(images)``.
+        accelerated: From ``accelerate`` or of its kind. Neither network is changed.
+        images: Images as the networks take them, without labels. They and the original's outputs
+            for them are held in host memory.
+        iterations: How many there are at most.
+        fitting: Which images to fit to, a boolean an image; by default those that
+            ``accel.accelerate`` fits to when it is given the same images and seed.
+        batch_size: Images per batch.
+        seed: Seed of all that is drawn.
+        progress: Receives what is being done.
+
+    Raises:
+        ValueError: If the networks and images do not fit together, or there is no chain to refit.
+    """
+    start = time.perf_counter()
+    progress = progress or Progress()
+    if iterations < 1 or batch_size < 1:
+        raise ValueError(
+            f"iterations and batch_size are 1 or more, found {iterations} and {batch_size}"
+        )
+    source = (
+        ArraySource(np.asarray(images)) if isinstance(images, np.ndarray | jax.Array) else images
+    )
+    if len(source) < 2:
+        raise ValueError(f"a second sweep needs 2 images or more, found {len(source)}")
+    fitting = fitting_images(source, seed) if fitting is None else np.asarray(fitting)
+    if fitting.shape != (len(source),) or fitting.all() or not fitting.any():
+        raise ValueError("fitting says of each image whether it is fitted to, and of some not")
+    batch_size = min(batch_size, int(fitting.sum()))
+    loaded = np.concatenate(list(full_batches(source, batch_size)))[: len(source)]
+    task = _Task(original, accelerated, loaded, fitting, batch_size)
+
+    weights = task.weights
+    history, steps = [task.error(weights)], []
+    if not math.isfinite(history[0]):
+        raise ValueError("the accelerated network's outputs hold NaN or Inf")
+    precondition = task.preconditioner(seed, progress)
+    before: tuple[list, list, list] | None = None
+    # As if the errors of all positions of the largest map were one and the same.
+    step = 1 / max(math.prod(specification(call.output).shape[1:-1]) for call in task.calls)
+    for iteration in range(1, iterations + 1):
+        progress.begin(
+            f"second sweep {iteration}/{iterations}: held-out error {history[-1]:.5f}",
+            int(fitting.sum()),
+        )
+        downhill = task.downhill(weights, progress)
+        refits = precondition(downhill)
+        direction = refits if before is None else _conjugate(downhill, refits, before)
+        found = task.search(weights, direction, history[-1], step)
+        if found is None and before is not None:
+            # Where directions no longer help each other, the refit by itself may still.
+            direction = refits
+            found = task.search(weights, direction, history[-1], step)
+        if found is None:
+            break
+        step, weights, error = found
+        steps.append(step)
+        history.append(error)
+        before = (downhill, refits, direction)
+    progress.say(
+        f"second sweep: relative squared error of the outputs on {int((~fitting).sum())} held-out"
+        f" images {history[0]:.5f} → {history[-1]:.5f}"
+    )
+    model = task.with_weights(weights)
+    return Refitted(model, tuple(history), tuple(steps), time.perf_counter() - start)
+
+
+Weights = list[jax.Array]
+
+
+def _dot(a: Weights, b: Weights) -> float:
+    return sum(float(jnp.vdot(x, y)) for x, y in zip(a, b, strict=True))
+
+
+def _conjugate(downhill: Weights, refits: Weights, before: tuple[Weights, Weights, Weights]):
+    last_downhill, last_refits, last_direction = before
+    change = [a - b for a, b in zip(downhill, last_downhill, strict=True)]
+    share = max(0.0, _dot(change, refits) / _dot(last_downhill, last_refits))
+    return [a + share * b for a, b in zip(refits, last_direction, strict=True)]
+
+
+class _Task:
+    """The networks, the images, and the jitted functions that do the work.
+
+    Attributes:
+        weights: A matrix a factor, ``[p (+ 1 with a bias), d]``.
+    """
+
+    def __init__(
+        self,
+        original: nnx.Module,
+        accelerated: nnx.Module,
+        images: np.ndarray,
+        fitting: np.ndarray,
+        batch_size: int,
+    ):
+        self.batch_size = batch_size
+        batch = jax.ShapeDtypeStruct((batch_size, *images.shape[1:]), images.dtype)
+        shapes = [
+            output_shape(*forward_function(model), batch, type(model).__name__)
+            for model in (original, accelerated)
+        ]
+        if shapes[0] != shapes[1]:
+            raise ValueError(
+                f"expected outputs of one shape, found {shapes[0]} of the original network and"
+                f" {shapes[1]} of the accelerated one"
+            )
+        chains = named_layers(accelerated, (FactorizedConv, FactorizedLinear))
+        prefixes = tuple(f"{path}/" for path, _ in chains)
+        self.program = trace(accelerated, batch, (nnx.Conv, nnx.Linear))
+        self.calls = [call for call in self.program.calls if call.path.startswith(prefixes)]
+        if not prefixes or not self.calls:
+            raise ValueError(f"{type(accelerated).__name__} has no chain to refit")
+        evaluated = nnx.clone(accelerated)
+        evaluated.eval()
+        self.graphdef, self.state = nnx.split(evaluated)
+        self.places = _parameter_places(self.program, self.state, self.calls)
+        self.weights = [
+            _matrix(
+                self.program.parameters[kernel],
+                None if bias is None else self.program.parameters[bias],
+            )
+            for kernel, bias in self.places
+        ]
+        self.fitted, self.held_out = images[fitting], images[~fitting]
+        forward, state = forward_function(original)
+        jitted = jax.jit(forward)
+
+        def answers(images: np.ndarray) -> np.ndarray:
+            batches = full_batches(ArraySource(images), batch_size)
+            found = np.concatenate([np.asarray(jitted(state, batch)) for batch in batches])
+            return found[: len(images)]
+
+        self.fitted_answers, self.held_out_answers = answers(self.fitted), answers(self.held_out)
+        self.energy, self.held_out_energy = (
+            float(np.sum(np.square(a), dtype=np.float64))
+            for a in (self.fitted_answers, self.held_out_answers)
+        )
+        if not (self.energy > 0 and self.held_out_energy > 0):
+            raise ValueError("the original network's outputs are all zero")
+        run = jex.jaxpr_as_fun(jex.ClosedJaxpr(self.program.jaxpr, ()))
+
+        def squares(weights, parameters, images, wanted, mask):
+            (found,) = run(*self._parameters(weights, parameters), images)
+            errors = jnp.square(found - wanted).reshape(batch_size, -1)
+            return jnp.sum(errors * mask[:, None])
+
+        self._squares, self._gradient = jax.jit(squares), jax.jit(jax.grad(squares))
+
+    def _parameters(self, weights: Weights, given: Sequence[Any]) -> list[Any]:
+        """The program's parameters ``given``, but with these weights of the factors."""
+        values = list(given)
+        for matrix, (kernel, bias) in zip(weights, self.places, strict=True):
+            shape, dtype = values[kernel].shape, values[kernel].dtype
+            rows = math.prod(shape[:-1])
+            values[kernel] = matrix[:rows].reshape(shape).astype(dtype)
+            if bias is not None:
+                values[bias] = matrix[rows].astype(values[bias].dtype)
+        return values
+
+    def with_weights(self, weights: Weights) -> nnx.Module:
+        """A copy of the accelerated network with these weights of the factors."""
+        parameters = self._parameters(weights, self.program.parameters)
+        structure = jax.tree.structure(self.state)
+        leaves = parameters[len(parameters) - structure.num_leaves :]
+        return nnx.merge(self.graphdef, jax.tree.unflatten(structure, leaves), copy=True)
+
+    def _batches(self, images: np.ndarray, answers: np.ndarray):
+        size = self.batch_size
+        for first in range(0, len(images), size):
+            rows = slice(first, first + size)
+            mask = (np.arange(size) < len(images[rows])).astype(np.float32)
+            yield padded(images[rows], size), padded(answers[rows], size), mask
+
+    def error(self, weights: Weights) -> float:
+        """R on the images that are not used for fitting."""
+        total = sum(
+            float(self._squares(weights, self.program.parameters, *batch))
+            for batch in self._batches(self.held_out, self.held_out_answers)
+        )
+        return total / self.held_out_energy
+
+    def downhill(self, weights: Weights, progress: Progress) -> Weights:
+        """C of each factor, on the images that are fitted to."""
+        sums = [jnp.zeros_like(matrix) for matrix in weights]
+        for batch in self._batches(self.fitted, self.fitted_answers):
+            found = self._gradient(weights, self.program.parameters, *batch)
+            sums = [a - b / (2 * self.energy) for a, b in zip(sums, found, strict=True)]
+            progress.advance(int(batch[-1].sum()))
+        return sums
+
+    def search(
+        self, weights: Weights, direction: Weights, error: float, step: float
+    ) -> tuple[float, Weights, float] | None:
+        """The length of the best step, the weights after it and their R; None if none is better.
+
+        Doubled from ``step`` as long as that helps, or else halved until it does.
+        """
+
+        def after(step: float) -> tuple[float, Weights, float]:
+            moved = [w + step * d for w, d in zip(weights, direction, strict=True)]
+            return step, moved, self.error(moved)
+
+        best, factor, shortest = after(step), 2.0, step * SHORTEST
+        while not best[2] < error:
+            if best[0] < shortest:
+                return None
+            best, factor = after(best[0] / 2), 0.5
+        while (further := after(factor * best[0]))[2] < best[2]:
+            best = further
+        return best
+
+    def preconditioner(self, seed: int, progress: Progress):
+        """The function from C to A⁻¹ C S⁻¹, for all factors."""
+        images = self.fitted[:: max(1, len(self.fitted) // MOMENT_IMAGES)][:MOMENT_IMAGES]
+        moments = self._moments(images, seed)
+        needed = images_needed(self.calls, self.batch_size)
+        sensitivity = sensitivity_matrices(
+            self.program,
+            self.calls,
+            images[:: max(1, len(images) // needed)][:needed],
+            batch_size=self.batch_size,
+            seed=seed,
+            progress=progress,
+        )
+        inverses = [
+            (_damped_inverse(A), _damped_inverse(sensitivity[call.path].responses))
+            for call, A in zip(self.calls, moments, strict=True)
+        ]
+
+        def precondition(downhill: Weights) -> Weights:
+            return [left @ C @ right for C, (left, right) in zip(downhill, inverses, strict=True)]
+
+        return precondition
+
+    def _moments(self, images: np.ndarray, seed: int) -> list[np.ndarray]:
+        """A of each factor; a bias is the weight of an input that is always 1."""
+        per_image = math.ceil(ROWS / len(images))
+        inputs = jex.jaxpr_as_fun(
+            jex.ClosedJaxpr(
+                self.program.jaxpr.replace(
+                    constvars=[], outvars=[call.input for call in self.calls]
+                ),
+                (),
+            )
+        )
+        jitted = jax.jit(lambda parameters, images: inputs(*parameters, images))
+        samplers = [patch_sampler(self.program, call, self.batch_size) for call in self.calls]
+        key = jax.random.key(seed)
+        positions = [
+            sample_positions(key, call, len(images), self.batch_size, per_image)
+            for call in self.calls
+        ]
+        sums = [
+            np.zeros(2 * (patch_size(call) + (bias is not None),))
+            for call, (_, bias) in zip(self.calls, self.places, strict=True)
+        ]
+        for first in range(0, len(images), self.batch_size):
+            here = images[first : first + self.batch_size]
+            given = jitted(self.program.parameters, padded(here, self.batch_size))
+            for index, (sampler, at) in enumerate(zip(samplers, positions, strict=True)):
+                chosen = at[first : first + len(here)]
+                seen = np.asarray(sampler(given[index], padded(chosen, self.batch_size)))
+                rows = seen[: len(here)].reshape(-1, seen.shape[-1])
+                if self.places[index][1] is not None:
+                    rows = np.concatenate([rows, np.ones((len(rows), 1), rows.dtype)], 1)
+                sums[index] += rows.T @ rows
+        return [total / at.size for total, at in zip(sums, positions, strict=True)]
+
+
+def _matrix(kernel: jax.Array, bias: jax.Array | None) -> jax.Array:
+    matrix = kernel.reshape(-1, kernel.shape[-1])
+    return matrix if bias is None else jnp.concatenate([matrix, bias[None]])
+
+
+def _damped_inverse(matrix: np.ndarray) -> jax.Array:
+    mean = np.trace(matrix) / len(matrix)
+    damped = matrix + (DAMPING * mean if mean > 0 else 1.0) * np.eye(len(matrix))
+    return jnp.asarray(np.linalg.inv(damped), jnp.float32)
+
+
+def _parameter_places(
+    program: Program, state: nnx.State, calls: Sequence[LayerCall]
+) -> list[tuple[int, int | None]]:
+    """Where kernel and bias of each layer stand among the program's parameters."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(state)
+    first = len(program.parameters) - len(leaves)
+    names = {
+        "/".join(str(part.key) for part in path if hasattr(part, "key")): first + index
+        for index, (path, _) in enumerate(leaves)
+    }
+    return [(names[f"{call.path}/kernel"], names.get(f"{call.path}/bias")) for call in calls]

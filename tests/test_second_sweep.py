@@ -1,0 +1,90 @@
+"""The second sweep: it finds the least squares solution where there is one, and never does harm."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+import networks
+import numpy as np
+import pytest
+from flax import nnx
+
+import accel
+from accel.repair import refit
+
+IMAGES = np.asarray(networks.images(60))
+BATCH = 20
+
+
+def relative_error(original: nnx.Module, accelerated: nnx.Module, images) -> float:
+    wanted, found = (np.asarray(m(images), np.float64) for m in (original, accelerated))
+    return float(((found - wanted) ** 2).sum() / (wanted**2).sum())
+
+
+def accelerated(name: str, speedup: float = 1.6):
+    model = networks.network(name)
+    model.eval()
+    result = accel.accelerate(model, IMAGES, speedup, decompositions=("channel", "spatial"))
+    return model, result.model
+
+
+@pytest.mark.parametrize("name", networks.NETWORKS)
+def test_it_brings_the_outputs_closer_on_images_it_never_saw(name):
+    model, given = accelerated(name)
+    before = nnx.to_pure_dict(nnx.state(given))
+    found = refit(model, given, IMAGES, iterations=4, batch_size=BATCH)
+    assert found.history[0] > found.history[1] > 0
+    assert (np.diff(found.history) < 0).all()
+    assert len(found.steps) == len(found.history) - 1 >= 1
+    other = networks.images(40, seed=5)
+    assert relative_error(model, found.model, other) < 0.9 * relative_error(model, given, other)
+    # What it was given is as it was.
+    after = nnx.to_pure_dict(nnx.state(given))
+    same = nnx.State(before).flat_state(), nnx.State(after).flat_state()
+    for (path, a), (other_path, b) in zip(*same, strict=True):
+        assert path == other_path
+        np.testing.assert_array_equal(a, b)
+
+
+class Linear(nnx.Module):
+    """One convolution: the refit of its chain is least squares, and exact at full rank."""
+
+    def __init__(self, rngs: nnx.Rngs):
+        self.conv = nnx.Conv(3, 8, (3, 3), padding="VALID", rngs=rngs)
+
+    def __call__(self, x):
+        return self.conv(x)
+
+
+def test_a_chain_of_full_rank_that_was_spoilt_is_restored():
+    model = Linear(nnx.Rngs(0))
+    calibration = accel.calibrate(model, IMAGES, decompositions=("channel",))
+    plan = accel.AccelerationPlan((accel.LayerPlan("conv", "channel", (8,)),))
+    spoilt = accel.reconstruct(calibration, plan).model
+    random = np.random.default_rng(0)
+    for factor in spoilt.conv.factors:
+        factor.kernel[...] += 0.1 * random.standard_normal(factor.kernel.shape)
+    spoilt.conv.factors[-1].bias[...] += 0.3
+    found = refit(model, spoilt, IMAGES, iterations=30, batch_size=BATCH)
+    assert found.history[0] > 0.05
+    assert found.error_after < 1e-3 * found.error_before
+    assert relative_error(model, found.model, networks.images(20, seed=9)) < 1e-3
+
+
+def test_the_same_seed_gives_the_same_network():
+    model, given = accelerated("chain")
+    found = [refit(model, given, IMAGES, iterations=2, batch_size=BATCH) for _ in range(2)]
+    assert found[0].history == found[1].history
+    outputs = [np.asarray(f.model(jnp.asarray(IMAGES[:3]))) for f in found]
+    np.testing.assert_array_equal(*outputs)
+
+
+def test_what_does_not_fit_is_refused():
+    model, given = accelerated("chain")
+    with pytest.raises(ValueError, match="Chain has no chain to refit"):
+        refit(model, model, IMAGES)
+    with pytest.raises(ValueError, match=r"outputs of one shape, found \(50, 5\)"):
+        refit(networks.network("residual"), given, IMAGES)
+    with pytest.raises(ValueError, match="of some not"):
+        refit(model, given, IMAGES, fitting=np.ones(len(IMAGES), bool))
+    with pytest.raises(ValueError, match="1 or more, found 0 and 50"):
+        refit(model, given, IMAGES, iterations=0)
