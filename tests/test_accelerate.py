@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 import accel
-from accel import calibrate, reconstruct, select_ranks
+from accel import calibrate, measure_sensitivity, reconstruct, select_ranks
 from accel.plan import AccelerationPlan, LayerPlan
 from accel.rewrite import FactorizedConv
 
@@ -265,6 +265,7 @@ def test_memory_stays_under_what_was_stated():
 def test_a_run_that_was_stopped_goes_on_where_it_was(calibrations, tmp_path):
     calibration = calibrations["chain"]
     plan = select_ranks(calibration, 2.0, rank_selection="exact_energy")
+    sensitivity = measure_sensitivity(calibration)
     whole = reconstruct(calibration, plan)
 
     class Stop(Exception):
@@ -279,7 +280,13 @@ def test_a_run_that_was_stopped_goes_on_where_it_was(calibrations, tmp_path):
                 raise Stop
 
     with pytest.raises(Stop):
-        reconstruct(calibration, plan, progress=StopsAtThirdLayer(), resume=tmp_path)
+        reconstruct(
+            calibration,
+            plan,
+            sensitivity=sensitivity,
+            progress=StopsAtThirdLayer(),
+            resume=tmp_path,
+        )
     assert len(list(tmp_path.iterdir())) == 2
     resumed = reconstruct(calibration, plan, resume=tmp_path)
     jax.tree.map(np.testing.assert_array_equal, nnx.state(whole.model), nnx.state(resumed.model))
