@@ -14,7 +14,7 @@ from accel.models import ModelSpec
 from accel.plan import AccelerationPlan, LayerPlan
 from accel.progress import ConsoleProgress, Progress
 from accel.reinitialize import reinitialized
-from accel.repair import Distillation, distill
+from accel.repair import Distillation, Refitted, distill, refit
 from accel.report.report import LayerReport, Report
 from accel.selection import measure_errors, measure_sensitivity, select_ranks
 
@@ -30,6 +30,7 @@ __all__ = [
     "LayerReport",
     "ModelSpec",
     "Progress",
+    "Refitted",
     "Report",
     "Result",
     "accelerate",
@@ -43,6 +44,7 @@ __all__ = [
     "measure_errors",
     "measure_sensitivity",
     "reconstruct",
+    "refit",
     "reinitialized",
     "save_model",
     "select_ranks",

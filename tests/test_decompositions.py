@@ -198,6 +198,7 @@ def test_sweeps_lower_the_objective_and_the_metric_counts(name):
 
         def in_metric(found) -> float:
             kernel = composed(decomposition.weights(conv, ranks, found)).reshape(-1, 10)
+            np.testing.assert_allclose(found.kernel(structure), kernel, atol=1e-6)
             return float(np.trace((kernel - W).T @ covariance @ (kernel - W)))
 
         free, _ = split(structure, W, ranks)

@@ -134,7 +134,7 @@ def test_the_asymmetric_error_of_a_layer_is_the_one_that_accelerating_reports(tm
 
 
 def test_whole_network_in_all_stages(tmp_path, idx_files):
-    stages = ("plain", "repair", "finetune", "scratch")
+    stages = ("plain", "second sweep", "repair", "finetune", "scratch")
     folders = ["--training.images.folder", idx_files, "--training.held-back.folder", idx_files]
     lines, table = run_smoke(
         *("whole_network", tmp_path / "out", "--stages", *stages, *map(str, folders))
@@ -286,7 +286,7 @@ def test_the_record_tells_nothing_of_the_machine():
     ("name", "arguments", "message"),
     [
         ("whole_network", ["--methods", "magic"], "unknown method 'magic'; known: 'weight SVD', "),
-        ("whole_network", ["--stages", "magic"], "known: 'plain', 'repair', 'finetune', 'scratch'"),
+        ("whole_network", ["--stages", "magic"], "known: 'plain', 'second sweep', 'repair', "),
         ("whole_network", ["--stages", "finetune"], "no folder of IDX files given"),
         ("whole_network", ["--speedups"], "nothing is asked for"),
         ("whole_network", ["--speedup", "3"], "--speedup has no effect"),

@@ -1,8 +1,9 @@
 """Whole networks at equal MACs: rivals that see no image, the paper's chains, the best of all.
 
-Each method accelerates the network at every speedup (``plain``); what it gave can then be distilled
-from the original without labels (``repair``), trained further on labelled images (``finetune``),
-and, as the paper's control, trained from fresh parameters (``scratch``).
+Each method accelerates the network at every speedup (``plain``); what it gave can then, without
+labels, be refitted as a whole (``second sweep``) or distilled from the original (``repair``),
+trained further on labelled images (``finetune``), and, as the paper's control, trained from fresh
+parameters (``scratch``).
 
 One calibration for each seed and set of decompositions, and one set of error curves, serve all
 speedups. The plain network of a cell is kept in the folder as long as a stage has to start from it:
@@ -38,7 +39,7 @@ from accel.finetuning_experiment import Finetuning
 from accel.progress import Progress
 from accel.reconstruction import JOINT
 from accel.reinitialize import reinitialized
-from accel.repair import Distillation, distill
+from accel.repair import Distillation, distill, refit
 from accel.selection import MEASURED_ERROR, measure_errors, measure_sensitivity, select_ranks
 from accel.sensitivity import Sensitivity
 from accel.tables.grid import (
@@ -74,7 +75,8 @@ METHODS: Mapping[str, Method] = {
 }
 
 PLAIN = "plain"
-STAGES = (PLAIN, "repair", "finetune", "scratch")
+SWEEP = "second sweep"
+STAGES = (PLAIN, SWEEP, "repair", "finetune", "scratch")
 # Those that need labelled images.
 TRAINED = ("finetune", "scratch")
 
@@ -90,8 +92,8 @@ class WholeNetwork(Table):
         repair: How networks are distilled, on the calibration images.
         methods: What is compared, by name; by default all that are known (``METHODS``).
         speedups: Original over accelerated MACs.
-        stages: ``plain``, ``repair``, ``finetune``, ``scratch``; ``plain``, from which the others
-            start, is always measured.
+        stages: ``plain``, ``second sweep``, ``repair``, ``finetune``, ``scratch``; ``plain``, from
+            which the others start, is always measured.
     """
 
     AXES: ClassVar = ("seeds", "methods", "speedups", "stages")
@@ -257,6 +259,17 @@ class WholeNetwork(Table):
         self, stage: str, start: _Start, model: nnx.Module, checkpoints: Path, progress: Progress
     ) -> tuple[nnx.Module, Line]:
         """The network after a stage, and what there is to tell of it."""
+        if stage == SWEEP:
+            refitted = refit(
+                start.original,
+                model,
+                start.images,
+                batch_size=self.experiment.batch_size,
+                seed=start.seed,
+                progress=progress,
+            )
+            told = {"history": list(refitted.history), "seconds": {stage: refitted.seconds}}
+            return refitted.model, told
         if stage == "repair":
             distilled = distill(
                 start.original,
