@@ -93,7 +93,9 @@ def accelerate(
             layers have one kind only, ``svd``, which need not be named.
         reconstruction: What is fitted to what (``RECONSTRUCTIONS``): ``weights`` approximates
             kernels and looks at no image, ``responses`` is the paper's, ``joint`` fits all factors.
-        solver: How responses are fitted: a name of ``SOLVERS`` or a solver.
+        solver: How responses are fitted: a name of ``SOLVERS`` or a solver. ``joint`` has a fit of
+            its own and takes from ``alternating`` the turns through the nonlinearity, of which the
+            other, linear ones have none.
         asymmetric: Whether a layer is fitted to the inputs that it will get from the accelerated
             network, instead of those of the original.
         rank_selection: How ranks are chosen: ``measured_error``, or by energies
@@ -117,8 +119,8 @@ def accelerate(
     check_rank_selection(rank_selection, layer_kinds(decompositions, dense_speedup is not None))
     if dense_speedup is not None:
         check_speedup("dense_speedup", dense_speedup)
-    _check_reconstruction(reconstruction)
     chosen_solver = solver_named(solver)
+    _check_reconstruction(reconstruction, chosen_solver)
     calibration = calibrate(
         model,
         images,
@@ -185,9 +187,19 @@ def solver_named(solver: str | Solver) -> Solver:
     return SOLVERS[solver]()
 
 
-def _check_reconstruction(name: str) -> None:
+def _check_reconstruction(name: str, solver: Solver) -> None:
     if name not in RECONSTRUCTIONS:
         raise ValueError(f"unknown reconstruction {name!r}; known: {', '.join(RECONSTRUCTIONS)}")
+    if name != JOINT:
+        return
+    # All that joint takes from a solver are its turns: whatever else it says would be lost.
+    known = type(solver) in SOLVERS.values()
+    settings = {f.name: f.default for f in dataclasses.fields(solver) if f.name != "schedule"}
+    if not known or any(getattr(solver, name) != value for name, value in settings.items()):
+        raise ValueError(
+            f"{solver} has settings that reconstruction='joint' does not take over; choose"
+            " reconstruction='responses'"
+        )
 
 
 def reconstruct(
@@ -218,9 +230,9 @@ def reconstruct(
     # with gaps; a calibration and every call before would leave some more.
     release_free_memory()
     progress = progress or Progress()
-    _check_reconstruction(reconstruction)
-    _check_plan(calibration, plan)
     solver = solver_named(solver)
+    _check_reconstruction(reconstruction, solver)
+    _check_plan(calibration, plan)
     if reconstruction == JOINT and sensitivity is None:
         sensitivity = measure_sensitivity(calibration, progress=progress)
     plans = {layer.path: layer for layer in plan.layers}

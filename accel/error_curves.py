@@ -33,6 +33,7 @@ from accel.runs import AcceleratedRun, sample_positions
 from accel.sensitivity import Sensitivity, whitening
 from accel.solvers.base import Activation, activate, arithmetic, widest_dtype
 from accel.solvers.kernel_regression import fit_kernel
+from accel.solvers.linear_algebra import contract
 
 # Costs at which errors are measured, as shares of the layer's own.
 SHARES = (0.04, 0.08, 0.14, 0.22, 0.33, 0.5, 0.7, 0.95)
@@ -211,9 +212,10 @@ def _output_error(
         sensitivity: S.
         activation: What follows the layer.
     """
-    found = responses - patches @ (change @ unwhiten).astype(patches.dtype)
+    changed = contract("pd,de->pe", change, unwhiten).astype(patches.dtype)
+    found = responses - contract("np,pd->nd", patches, changed)
     delta = activate(responses, activation) - activate(found, activation)
-    moments = (delta.T @ delta).astype(sensitivity.dtype)
+    moments = contract("nd,ne->de", delta, delta).astype(sensitivity.dtype)
     return jnp.sum(moments * sensitivity) / len(patches)
 
 

@@ -372,6 +372,8 @@ def run(experiment: Experiment, name: str, out: Path, progress: Progress) -> Res
     start = time.perf_counter()
     if out.exists():
         raise FileExistsError(f"{out} exists already; nothing is overwritten")
+    if experiment.second_sweep < 0:
+        raise ValueError(f"second_sweep is 0 or more, found {experiment.second_sweep}")
     original = experiment.load_model()
     images = experiment.limited(experiment.calibration)
     experiment.limited(experiment.evaluation)  # What is wrong with it shows now.

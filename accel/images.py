@@ -42,7 +42,7 @@ class ArraySource:
 
 
 def full_batches(source: ImageSource, batch_size: int) -> Iterator[np.ndarray]:
-    """The source's batches, the last one filled up with zeros so that one compilation serves all.
+    """The source's batches, the last one filled up (``padded``) so that one compilation serves all.
 
     Raises:
         ValueError: If an image holds NaN or Inf, or the source hands out more or fewer images than
@@ -56,11 +56,24 @@ def full_batches(source: ImageSource, batch_size: int) -> Iterator[np.ndarray]:
             raise ValueError(f"calibration image {bad} holds NaN or Inf")
         first += len(batch)
         if len(batch) < batch_size:
-            padding = np.zeros((batch_size - len(batch), *batch.shape[1:]), batch.dtype)
-            batch = np.concatenate([batch, padding])
+            batch = padded(batch, batch_size)
         yield batch
     if first != len(source):
         raise ValueError(f"the image source has length {len(source)} but gave {first} images")
+
+
+def padded(batch: np.ndarray, batch_size: int) -> np.ndarray:
+    """The batch filled up to ``batch_size`` with copies of its last row, so that one compilation
+    serves all. Zeros would do harm in a network that divides by what it finds in an image.
+    """
+    missing = batch_size - len(batch)
+    return np.concatenate([batch, np.repeat(batch[-1:], missing, 0)]) if missing else batch
+
+
+def spread(indices: np.ndarray, count: int) -> np.ndarray:
+    """That many of the indices at most, spread evenly over all of them."""
+    places = np.linspace(0, len(indices) - 1, min(len(indices), count))
+    return indices[places.round().astype(int)]
 
 
 def images_at(source: ImageSource, indices: np.ndarray, batch_size: int) -> np.ndarray:
@@ -116,6 +129,29 @@ def split_images(
     order = np.asarray(jax.random.permutation(key, len(names)))
     drawn = order[: max(1, round(held_out * len(names)))]
     return ~np.isin(members, drawn)
+
+
+def checked_fitting(
+    source: ImageSource, fitting: np.ndarray | None, seed: int
+) -> Bool[np.ndarray, " images"]:
+    """Which images are used for fitting: those that are given, or those of ``fitting_images``.
+
+    Raises:
+        ValueError: If it is not one boolean an image, or leaves none to fit to or to measure on.
+    """
+    if len(source) < 2:
+        raise ValueError(f"fitting and measuring needs 2 images or more, found {len(source)}")
+    if fitting is None:
+        return fitting_images(source, seed)
+    fitting = np.asarray(fitting)
+    if fitting.shape != (len(source),) or fitting.dtype != bool:
+        raise ValueError(
+            f"fitting says True or False of each of {len(source)} images, found the shape"
+            f" {fitting.shape} and the type {fitting.dtype}"
+        )
+    if fitting.all() or not fitting.any():
+        raise ValueError("fitting leaves no image to measure on, or none to fit to")
+    return fitting
 
 
 def fitting_images(source: ImageSource, seed: int) -> Bool[np.ndarray, " images"]:

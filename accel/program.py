@@ -110,6 +110,14 @@ class Program:
 
         return run
 
+    def reaches_outputs(self, variable: jex.Var) -> bool:
+        """Whether the program's outputs are computed from a variable."""
+        reached = {variable}
+        for equation in self.jaxpr.eqns:
+            if not reached.isdisjoint(_variables(equation.invars)):
+                reached.update(equation.outvars)
+        return not reached.isdisjoint(_variables(self.jaxpr.outvars))
+
     def segment(
         self, given: Sequence[jex.Var], wanted: Sequence[jex.Var]
     ) -> tuple[Segment, tuple[jax.Array, ...]]:

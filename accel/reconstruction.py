@@ -8,8 +8,9 @@ Three ways, from the cheapest to the best:
   sections 3.1 to 3.3 and 3.5.
 - ``joint``: all factors together. The best kernel for the patches that the layer now gets, with
   the original kernel as prior, is split in the metric of these patches and of the network's outputs
-  (``accel.sensitivity``); with what its first factor lets through, everything after it is fitted to
-  the targets through the nonlinearity, by turns as the solver says, with the same prior.
+  (``accel.sensitivity``); what its first factor and the middle one, still as wide as the layer,
+  make of a patch is then mapped to the targets, at the rank, through the nonlinearity, by turns as
+  the solver says and with the same prior.
 """
 
 from __future__ import annotations

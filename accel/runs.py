@@ -1,7 +1,7 @@
 """Runs of the original and the accelerated network over the calibration images, once each.
 
 The original network runs over the calibration images once and leaves the responses of all its
-convolutions at sampled positions (``OriginalRun``). The accelerated network also runs over
+layers at sampled positions (``OriginalRun``). The accelerated network also runs over
 them once, but in step with its own making: ``AcceleratedRun`` stands before one convolution after
 the other with all images, hands out what that convolution would answer to the inputs it now gets,
 and steps over it once its replacement is known. What is alive between two steps is kept on the host

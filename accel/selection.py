@@ -16,7 +16,7 @@ from accel import error_curves
 from accel.calibration import Calibration
 from accel.decompositions import Decomposition
 from accel.error_curves import ErrorCurve, rank_macs
-from accel.images import images_at
+from accel.images import images_at, spread
 from accel.plan import AccelerationPlan, LayerPlan
 from accel.program import LayerCall
 from accel.progress import Progress
@@ -90,9 +90,8 @@ def measure_errors(
 
 def _some_images(calibration: Calibration, count: int) -> np.ndarray:
     """That many of the images that are fitted to, spread over all of them."""
-    chosen = np.flatnonzero(calibration.fitting)
-    step = max(1, len(chosen) // count)
-    return images_at(calibration.source, chosen[::step][:count], calibration.batch_size)
+    chosen = spread(np.flatnonzero(calibration.fitting), count)
+    return images_at(calibration.source, chosen, calibration.batch_size)
 
 
 def select_ranks(

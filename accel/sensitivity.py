@@ -43,6 +43,7 @@ class Sensitivity(NamedTuple):
 # How much a direction counts that the outputs do not hang on to first order, as a share of the mean
 # one. From 0.03 to 0.3 the error at the outputs is the same within 2 % (bundled network).
 DAMPING = 0.1
+WAY_OUT = "reconstruction='responses' with ranks by energies needs no gradients"
 # Images to measure on: enough for four gradients a channel, within limits.
 LEAST_IMAGES, MOST_IMAGES = 64, 256
 
@@ -67,21 +68,22 @@ def sensitivity_matrices(
         progress: Receives what is being done.
 
     Raises:
-        ValueError: If the network cannot be differentiated, or its gradients hold NaN or Inf.
+        ValueError: If the network returns nothing of each image that can be differentiated, its
+            outputs or gradients hold NaN or Inf, or no gradient reaches a layer that has a part in
+            the outputs.
     """
     outputs = [
         index
         for index, variable in enumerate(program.jaxpr.outvars)
-        if isinstance(variable, jex.Var)
-        and jnp.issubdtype(specification(variable).dtype, jnp.floating)
+        if isinstance(variable, jex.Var) and _of_each_image(specification(variable), batch_size)
     ]
     if not outputs:
-        raise ValueError("the network returns no numbers that hang on the images")
+        raise ValueError(
+            "the network returns no floating-point numbers of each image; errors at its outputs"
+            f" cannot be measured ({WAY_OUT})"
+        )
     variables = list(dict.fromkeys(v for call in calls for v in (call.output, call.activated)))
     run = program.with_added(variables)
-    none_added = [
-        jnp.zeros(specified.shape, specified.dtype) for specified in map(specification, variables)
-    ]
 
     def answers(parameters, batch, added) -> list[jax.Array]:
         answered = run(parameters, batch, added)
@@ -89,15 +91,18 @@ def sensitivity_matrices(
 
     @jax.jit
     def energies(parameters, batch, mask):
-        rows = (_rows(output) for output in answers(parameters, batch, none_added))
+        nothing = [0.0] * len(variables)
+        rows = (_rows(output, batch_size) for output in answers(parameters, batch, nothing))
         return jnp.stack([jnp.sum(jnp.square(row) * mask[:, None]) for row in rows])
 
     @jax.jit
     def moments(parameters, batch, scales, key):
-        found, backward = jax.vjp(lambda added: answers(parameters, batch, added), none_added)
+        nothing = [jnp.zeros(s.shape, s.dtype) for s in map(specification, variables)]
+        found, backward = jax.vjp(lambda added: answers(parameters, batch, added), nothing)
         directions = []
         for index, (output, scale) in enumerate(zip(found, scales, strict=True)):
-            v = jax.random.normal(jax.random.fold_in(key, index), _rows(output).shape)
+            shape = _rows(output, batch_size).shape
+            v = jax.random.normal(jax.random.fold_in(key, index), shape)
             directions.append((scale[:, None] * v).reshape(output.shape).astype(output.dtype))
         (gradients,) = backward(directions)
         rows = [gradient.reshape(-1, gradient.shape[-1]) for gradient in gradients]
@@ -112,6 +117,8 @@ def sensitivity_matrices(
         np.asarray(energies(program.parameters, batch, mask), np.float64)
         for batch, mask in zip(batches, masks, strict=True)
     )
+    if not np.isfinite(energy).all():
+        raise ValueError("the original network's outputs hold NaN or Inf")
     scales = np.where(energy > 0, 1 / np.sqrt(np.where(energy > 0, energy, 1)), 0)
     sums = {v: np.zeros(2 * specification(v).shape[-1:]) for v in variables}
     key = jax.random.key(seed)
@@ -120,18 +127,34 @@ def sensitivity_matrices(
         try:
             found = moments(program.parameters, batch, scaled, jax.random.fold_in(key, index))
         except (TypeError, ValueError, NotImplementedError) as error:
-            raise ValueError(f"the network cannot be differentiated: {error}") from error
+            raise ValueError(
+                f"the network cannot be differentiated ({WAY_OUT}): {error}"
+            ) from error
         for variable, matrix in zip(variables, jax.device_get(found), strict=True):
             sums[variable] += matrix
         for call in calls:
             if not all(np.isfinite(sums[v]).all() for v in (call.output, call.activated)):
-                raise ValueError(f"{call.path}: gradients of the outputs hold NaN or Inf")
+                raise ValueError(
+                    f"{call.path}: gradients of the outputs hold NaN or Inf ({WAY_OUT})"
+                )
         progress.advance(int(mask.sum()))
+    for call in calls:
+        if not sums[call.activated].any() and program.reaches_outputs(call.output):
+            raise ValueError(
+                f"{call.path}: no gradient of the outputs reaches it, though they hang on it"
+                f" ({WAY_OUT}, or leave it dense by a rule)"
+            )
     return {call.path: Sensitivity(sums[call.output], sums[call.activated]) for call in calls}
 
 
-def _rows(output: Float[Array, "batch ..."]) -> Float[Array, "batch k"]:
-    return output.reshape(len(output), -1).astype(jnp.float32)
+def _of_each_image(output: jax.ShapeDtypeStruct, batch_size: int) -> bool:
+    """Whether an output is numbers that can be shared out among the images of a batch."""
+    floating = jnp.issubdtype(output.dtype, jnp.floating)
+    return floating and len(output.shape) > 0 and output.shape[0] % batch_size == 0
+
+
+def _rows(output: Float[Array, ...], batch_size: int) -> Float[Array, "batch k"]:
+    return output.reshape(batch_size, -1).astype(jnp.float32)
 
 
 def images_needed(calls: Sequence[LayerCall], batch_size: int) -> int:

@@ -13,6 +13,7 @@ import accel
 from accel import calibrate, measure_sensitivity, reconstruct, select_ranks
 from accel.plan import AccelerationPlan, LayerPlan
 from accel.rewrite import FactorizedConv
+from accel.solvers import SOLVERS
 
 IMAGES = networks.images(40)
 # One kind of chain and ranks by energies: the steps are the same, with far less to compile.
@@ -294,3 +295,10 @@ def test_a_run_that_was_stopped_goes_on_where_it_was(calibrations, tmp_path):
         reconstruct(calibration, plan, solver="pca", resume=tmp_path)
     strip = lambda report: [dataclasses.asdict(layer) for layer in report.layers]  # noqa: E731
     assert strip(whole.report) == strip(resumed.report)
+
+
+def test_the_joint_fit_refuses_what_it_would_not_take_over(calibrations):
+    calibration = calibrations["chain"]
+    plan = select_ranks(calibration, 2.0, rank_selection="exact_energy")
+    with pytest.raises(ValueError, match=r"ridge=0.1.* settings that reconstruction='joint' does"):
+        reconstruct(calibration, plan, solver=SOLVERS["alternating"](ridge=0.1))

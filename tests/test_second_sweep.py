@@ -82,7 +82,7 @@ def test_what_does_not_fit_is_refused():
         refit(model, model, IMAGES)
     with pytest.raises(ValueError, match=r"outputs of one shape, found \(50, 5\)"):
         refit(networks.network("residual"), given, IMAGES)
-    with pytest.raises(ValueError, match="of some not"):
+    with pytest.raises(ValueError, match="no image to measure on"):
         refit(model, given, IMAGES, fitting=np.ones(len(IMAGES), bool))
     with pytest.raises(ValueError, match="1 or more, found 0 and 50"):
         refit(model, given, IMAGES, iterations=0)

@@ -16,8 +16,8 @@ from accel.evaluation.forward import (
     check_finite,
     forward_function,
     output_shape,
-    padded,
 )
+from accel.images import padded
 
 # From this many classes on, the class among the five highest outputs says something.
 TOP_5_CLASSES = 10

@@ -6,8 +6,8 @@ import jax
 import numpy as np
 from flax import nnx
 
-from accel.evaluation.forward import check_finite, forward_function, output_shape, padded
-from accel.images import ImageSource
+from accel.evaluation.forward import check_finite, forward_function, output_shape
+from accel.images import ImageSource, padded
 
 
 def compare_outputs(

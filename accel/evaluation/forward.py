@@ -53,12 +53,6 @@ def output_shape(
     return outputs.shape
 
 
-def padded(batch: np.ndarray, batch_size: int) -> np.ndarray:
-    """The batch filled up with zeros to ``batch_size``, so that one compilation serves all."""
-    padding = np.zeros((batch_size - len(batch), *batch.shape[1:]), batch.dtype)
-    return np.concatenate([batch, padding]) if len(padding) else batch
-
-
 def check_finite(finite: np.ndarray, first: int, name: str) -> None:
     """Raises ValueError where ``finite`` (one a batch's image, from image ``first``) is False."""
     if not finite.all():

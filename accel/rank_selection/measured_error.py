@@ -1,12 +1,12 @@
 """Kind and rank of every layer by measured errors, exactly: a multiple-choice knapsack.
 
-minimise  Σ_l w_l e_l(j_l)    subject to    Σ_l C_l(j_l) ≤ budget - other
+minimise  Σ_l e_l(j_l)    subject to    Σ_l C_l(j_l) ≤ budget - other
 
 over one candidate j of each layer l: a chain at certain ranks, or dense (e = 0). e is the relative
-error of the layer's activations with the chain in its place, w how much of such an error arrives at
-the network's output; both are measured (``accel.error_curves``). To first order the errors of
-different layers add up at the output, which the product of energies (``exact_energy``) does not
-know of: it weighs a layer whose errors die out like one whose errors are seen.
+error at the network's outputs with the chain in its place, as measured (``accel.error_curves``). To
+first order the errors of different layers add up there, which the product of energies
+(``exact_energy``) does not know of: it weighs a layer whose errors die out like one whose errors
+are seen.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class LayerErrors:
         path: Path of the layer in the module tree.
         candidates: The chains.
         macs: MACs per image of each.
-        errors: Weighted relative error of each, w e.
+        errors: Relative error at the network's outputs of each, e.
         dense_macs: MACs per image of the layer as it is.
         fixed: What a rule demands: None (free), ``"dense"``, or a rank, the leading one of a chain.
     """

@@ -28,8 +28,7 @@ import numpy as np
 import optax
 from flax import nnx, serialization
 
-from accel.evaluation.forward import padded
-from accel.images import ArraySource, ImageSource, fitting_images, full_batches
+from accel.images import ArraySource, ImageSource, checked_fitting, full_batches, padded
 from accel.program import LayerCall, Program, specification, trace
 from accel.progress import Progress
 from accel.repair.augmentation import augment
@@ -180,16 +179,7 @@ def distill(
     source = (
         ArraySource(np.asarray(images)) if isinstance(images, np.ndarray | jax.Array) else images
     )
-    if len(source) < 2:
-        raise ValueError(f"distillation needs 2 images or more, found {len(source)}")
-    fitting = fitting_images(source, seed) if fitting is None else np.asarray(fitting)
-    if fitting.shape != (len(source),) or fitting.dtype != bool:
-        raise ValueError(
-            f"fitting says True or False of each of {len(source)} images, found the shape"
-            f" {fitting.shape} and the type {fitting.dtype}"
-        )
-    if fitting.all() or not fitting.any():
-        raise ValueError("fitting leaves no image to measure on, or none to fit to")
+    fitting = checked_fitting(source, fitting, seed)
     batch_size = min(settings.batch_size, int(fitting.sum()))
     loaded = np.concatenate(list(full_batches(source, batch_size)))[: len(source)]
     fitted, held_out = loaded[fitting], loaded[~fitting]

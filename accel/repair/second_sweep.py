@@ -13,12 +13,12 @@ taking the positions of a map for independent,
 
     R(W + D) = R(W) - 2 tr(Dᵀ C) + tr(Dᵀ A D S),    C = -∇R / 2,
 
-A the second moments of what the factor is given, S the sensitivity of the outputs to what it
-answers (``accel.sensitivity``). So D = A⁻¹ C S⁻¹ is the refit. All factors are refitted at once;
-that their effects overlap is made up for by the length of the step, which is searched for, and by
-making each direction conjugate to the one before (Polak and Ribière's nonlinear conjugate
-gradients, preconditioned). Gauss-Newton with Kronecker factors: Martens and Grosse,
-arXiv:1503.05671.
+A the second moments of what the factor is given, S the sensitivity of the accelerated network's
+outputs to what it answers (``accel.sensitivity``). So D = A⁻¹ C S⁻¹ is the refit. All factors are
+refitted at once; that their effects overlap is made up for by the length of the step, which is
+searched for, and by making each direction conjugate to the one before (Polak and Ribière's
+nonlinear conjugate gradients, preconditioned). Gauss-Newton with Kronecker factors: Martens and
+Grosse, arXiv:1503.05671.
 """
 
 from __future__ import annotations
@@ -35,19 +35,21 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from accel.evaluation.forward import forward_function, output_shape, padded
-from accel.images import ArraySource, ImageSource, fitting_images, full_batches
+from accel.evaluation.forward import check_finite, forward_function, output_shape
+from accel.images import ArraySource, ImageSource, checked_fitting, full_batches, padded, spread
 from accel.program import LayerCall, Program, named_layers, specification, trace
 from accel.progress import Progress
 from accel.rewrite import FactorizedConv, FactorizedLinear
 from accel.runs import patch_sampler, patch_size, sample_positions
 from accel.sensitivity import images_needed, sensitivity_matrices
+from accel.solvers.linear_algebra import contract
 
 # Rows of patches for the second moments of a factor, at most.
 ROWS = 12_000
 MOMENT_IMAGES = 256
-# What is added to A and S, as a share of their mean: their small eigenvalues are not measured well
-# enough to divide by.
+# What is added to A and S, as a share of A's diagonal (its inputs have units of their own, above
+# all the 1 of a bias) and of the mean of S: small eigenvalues are not measured well enough to
+# divide by.
 DAMPING = 1e-2
 # Where a step that is this much shorter than the last one helps nothing, none does.
 SHORTEST = 2.0**-12
@@ -122,14 +124,9 @@ def refit(
     source = (
         ArraySource(np.asarray(images)) if isinstance(images, np.ndarray | jax.Array) else images
     )
-    if len(source) < 2:
-        raise ValueError(f"a second sweep needs 2 images or more, found {len(source)}")
-    fitting = fitting_images(source, seed) if fitting is None else np.asarray(fitting)
-    if fitting.shape != (len(source),) or fitting.all() or not fitting.any():
-        raise ValueError("fitting says of each image whether it is fitted to, and of some not")
+    fitting = checked_fitting(source, fitting, seed)
     batch_size = min(batch_size, int(fitting.sum()))
-    loaded = np.concatenate(list(full_batches(source, batch_size)))[: len(source)]
-    task = _Task(original, accelerated, loaded, fitting, batch_size)
+    task = _Task(original, accelerated, source, fitting, batch_size)
 
     weights = task.weights
     history, steps = [task.error(weights)], []
@@ -191,11 +188,12 @@ class _Task:
         self,
         original: nnx.Module,
         accelerated: nnx.Module,
-        images: np.ndarray,
+        source: ImageSource,
         fitting: np.ndarray,
         batch_size: int,
     ):
         self.batch_size = batch_size
+        images = np.concatenate(list(full_batches(source, batch_size)))[: len(source)]
         batch = jax.ShapeDtypeStruct((batch_size, *images.shape[1:]), images.dtype)
         shapes = [
             output_shape(*forward_function(model), batch, type(model).__name__)
@@ -229,8 +227,11 @@ class _Task:
 
         def answers(images: np.ndarray) -> np.ndarray:
             batches = full_batches(ArraySource(images), batch_size)
-            found = np.concatenate([np.asarray(jitted(state, batch)) for batch in batches])
-            return found[: len(images)]
+            found = [np.asarray(jitted(state, batch), np.float32) for batch in batches]
+            answered = np.concatenate(found)[: len(images)]
+            finite = np.isfinite(answered).reshape(len(answered), -1).all(1)
+            check_finite(finite, 0, type(original).__name__)
+            return answered
 
         self.fitted_answers, self.held_out_answers = answers(self.fitted), answers(self.held_out)
         self.energy, self.held_out_energy = (
@@ -243,7 +244,7 @@ class _Task:
 
         def squares(weights, parameters, images, wanted, mask):
             (found,) = run(*self._parameters(weights, parameters), images)
-            errors = jnp.square(found - wanted).reshape(batch_size, -1)
+            errors = jnp.square(found.astype(jnp.float32) - wanted).reshape(batch_size, -1)
             return jnp.sum(errors * mask[:, None])
 
         self._squares, self._gradient = jax.jit(squares), jax.jit(jax.grad(squares))
@@ -313,24 +314,29 @@ class _Task:
 
     def preconditioner(self, seed: int, progress: Progress):
         """The function from C to A⁻¹ C S⁻¹, for all factors."""
-        images = self.fitted[:: max(1, len(self.fitted) // MOMENT_IMAGES)][:MOMENT_IMAGES]
+        images = self.fitted[spread(np.arange(len(self.fitted)), MOMENT_IMAGES)]
         moments = self._moments(images, seed)
         needed = images_needed(self.calls, self.batch_size)
         sensitivity = sensitivity_matrices(
             self.program,
             self.calls,
-            images[:: max(1, len(images) // needed)][:needed],
+            images[spread(np.arange(len(images)), needed)],
             batch_size=self.batch_size,
             seed=seed,
             progress=progress,
         )
         inverses = [
-            (_damped_inverse(A), _damped_inverse(sensitivity[call.path].responses))
-            for call, A in zip(self.calls, moments, strict=True)
+            (_inverse(A, np.diag(A)), _inverse(S, np.full(len(S), np.trace(S) / len(S))))
+            for A, S in zip(
+                moments, (sensitivity[call.path].responses for call in self.calls), strict=True
+            )
         ]
 
         def precondition(downhill: Weights) -> Weights:
-            return [left @ C @ right for C, (left, right) in zip(downhill, inverses, strict=True)]
+            return [
+                contract("pq,qd,de->pe", left, C, right)
+                for C, (left, right) in zip(downhill, inverses, strict=True)
+            ]
 
         return precondition
 
@@ -370,14 +376,16 @@ class _Task:
 
 
 def _matrix(kernel: jax.Array, bias: jax.Array | None) -> jax.Array:
-    matrix = kernel.reshape(-1, kernel.shape[-1])
-    return matrix if bias is None else jnp.concatenate([matrix, bias[None]])
+    # In float32 whatever the network's type is: small steps would be lost in bfloat16.
+    matrix = kernel.reshape(-1, kernel.shape[-1]).astype(jnp.float32)
+    return matrix if bias is None else jnp.concatenate([matrix, bias[None].astype(jnp.float32)])
 
 
-def _damped_inverse(matrix: np.ndarray) -> jax.Array:
-    mean = np.trace(matrix) / len(matrix)
-    damped = matrix + (DAMPING * mean if mean > 0 else 1.0) * np.eye(len(matrix))
-    return jnp.asarray(np.linalg.inv(damped), jnp.float32)
+def _inverse(matrix: np.ndarray, sizes: np.ndarray) -> jax.Array:
+    """The inverse of a matrix of second moments, damped in proportion to ``sizes``."""
+    largest = sizes.max()
+    damping = DAMPING * np.maximum(sizes, 1e-6 * largest) if largest > 0 else np.ones(len(sizes))
+    return jnp.asarray(np.linalg.inv(matrix + np.diag(damping)), jnp.float32)
 
 
 def _parameter_places(

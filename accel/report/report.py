@@ -55,9 +55,9 @@ class Report:
             execution.
         seconds: Time spent by stage.
         memory: Stated and measured peak of host memory in bytes.
-        repair: What was done to the network as a whole afterwards, and what it gained, by name: for
-            ``distillation`` the relative squared error of the outputs on held-out calibration
-            images before and after.
+        repair: What was done to the network as a whole afterwards, and what it gained, by name
+            (``second_sweep``, ``distillation``): the relative squared error of the outputs on
+            held-out calibration images before and after.
     """
 
     model: str

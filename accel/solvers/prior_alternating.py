@@ -23,8 +23,8 @@ from jaxtyping import Array, Float
 from accel.solvers.alternating import relu_z_step
 from accel.solvers.linear_algebra import contract
 
-# Directions of u that hold less than this part of the largest one's energy are noise: u comes in
-# float32, its energies are exact to 1e-7.
+# Directions of u that hold less than this part of the largest one's energy are left out: u comes in
+# float32, which knows its directions to 1e-7, their energies to the square of it and to rounding.
 LEAST_ENERGY = 1e-8
 
 
@@ -97,7 +97,8 @@ def _fit(inputs, targets, prior, rank, whiten, unwhiten, penalties):
     n, d = targets.shape
     moments = contract("nk,nl->kl", inputs, inputs).astype(dtype) / n + prior.moments
     energies, directions = jnp.linalg.eigh(moments)
-    kept = energies > LEAST_ENERGY * energies[-1]
+    least = max(LEAST_ENERGY, 16 * len(energies) * float(jnp.finfo(dtype).eps))
+    kept = energies > least * energies[-1]
     transform = directions * jnp.where(kept, jax.lax.rsqrt(jnp.where(kept, energies, 1)), 0)
     # Rows and penalty together are the identity in these coordinates: regression is a product.
     rows = contract("nk,kl->nl", inputs, transform.astype(jnp.float32))

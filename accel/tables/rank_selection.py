@@ -18,6 +18,7 @@ from flax import nnx
 from accel.accelerate import reconstruct
 from accel.data import PixelSource
 from accel.progress import Progress
+from accel.rank_selection import check_speedup
 from accel.selection import select_ranks
 from accel.tables.grid import Cell, Line, Table, check_names, metric_tables
 
@@ -65,6 +66,8 @@ class RankSelection(Table):
         check_names("solver", self.solvers, SOLVERS)
         check_names("inputs", self.inputs, INPUTS)
         check_names("ranks", self.ranks, RANKS)
+        for speedup in self.speedups:
+            check_speedup("speedup", speedup)
         self.experiment.limited(self.experiment.evaluation)
 
     def measure(

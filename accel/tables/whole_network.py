@@ -37,6 +37,7 @@ from accel.evaluation.accuracy import output_classes
 from accel.evaluation.forward import forward_function, output_shape
 from accel.finetuning_experiment import Finetuning
 from accel.progress import Progress
+from accel.rank_selection import check_speedup
 from accel.reconstruction import JOINT
 from accel.reinitialize import reinitialized
 from accel.repair import Distillation, distill, refit
@@ -128,6 +129,8 @@ class WholeNetwork(Table):
     def check(self, original: nnx.Module, images: PixelSource) -> None:
         check_names("method", self.methods, METHODS)
         check_names("stage", self.stages, STAGES)
+        for speedup in self.speedups:
+            check_speedup("speedup", speedup)
         self.experiment.limited(self.experiment.evaluation)
         if not set(self.stages).intersection(TRAINED):
             return
