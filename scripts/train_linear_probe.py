@@ -42,6 +42,7 @@ from accel.data import ArrayImages, PixelSource
 from accel.evaluation import accuracy
 from accel.evaluation.forward import padded
 from accel.experiment import Experiment, IdxImages, begin_folder
+from accel.images import padded
 from accel.models import ModelSpec
 from accel.models.vgg import VGG
 from accel.report.environment import command_line, device_name, versions
