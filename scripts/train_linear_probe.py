@@ -40,7 +40,6 @@ from accel.checkpoint import save_model
 from accel.configuration import load_config
 from accel.data import ArrayImages, PixelSource
 from accel.evaluation import accuracy
-from accel.evaluation.forward import padded
 from accel.experiment import Experiment, IdxImages, begin_folder
 from accel.images import padded
 from accel.models import ModelSpec

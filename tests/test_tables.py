@@ -151,9 +151,12 @@ def test_whole_network_in_all_stages(tmp_path, idx_files):
         error = line["metrics"]["relative_squared_error"]["accelerated"]
         assert f"| weight SVD | {line['stage']} | {error:.4f} |" in table
     # Each stage made another network of it.
-    assert len({line["metrics"]["relative_squared_error"]["accelerated"] for line in lines}) == 4
-    assert lines[1]["best_epoch"] in (0, 1)
-    assert len(lines[2]["history"]) == 1
+    assert len({line["metrics"]["relative_squared_error"]["accelerated"] for line in lines}) == 5
+    by_stage = {line["stage"]: line for line in lines}
+    errors = by_stage["second sweep"]["history"]
+    assert errors[-1] < errors[0]
+    assert by_stage["repair"]["best_epoch"] in (0, 1)
+    assert len(by_stage["finetune"]["history"]) == 1
 
 
 @pytest.fixture

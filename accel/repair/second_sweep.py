@@ -229,8 +229,8 @@ class _Task:
             batches = full_batches(ArraySource(images), batch_size)
             found = [np.asarray(jitted(state, batch), np.float32) for batch in batches]
             answered = np.concatenate(found)[: len(images)]
-            finite = np.isfinite(answered).reshape(len(answered), -1).all(1)
-            check_finite(finite, 0, type(original).__name__)
+            finite = np.isfinite(answered).reshape(len(answered), -1)
+            check_finite(np.asarray(finite.all(1)), 0, type(original).__name__)
             return answered
 
         self.fitted_answers, self.held_out_answers = answers(self.fitted), answers(self.held_out)
