@@ -86,3 +86,30 @@ def test_what_does_not_fit_is_refused():
         refit(model, given, IMAGES, fitting=np.ones(len(IMAGES), bool))
     with pytest.raises(ValueError, match="1 or more, found 0 and 50"):
         refit(model, given, IMAGES, iterations=0)
+
+
+class Classifier(nnx.Module):
+    """A convolution and two dense layers, in a type of the user's choice."""
+
+    def __init__(self, rngs: nnx.Rngs, dtype=jnp.float32):
+        options = {"dtype": dtype, "param_dtype": dtype, "rngs": rngs}
+        self.conv = nnx.Conv(3, 12, (3, 3), **options)
+        self.hidden = nnx.Linear(12, 24, **options)
+        self.last = nnx.Linear(24, 10, **options)
+
+    def __call__(self, x):
+        x = nnx.relu(self.conv(x)).mean((1, 2))
+        return self.last(nnx.relu(self.hidden(x)))
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_dense_layers_and_reduced_precision_take_part(dtype):
+    model = Classifier(nnx.Rngs(0), dtype)
+    given = accel.accelerate(
+        model, IMAGES, 1.5, decompositions="channel", dense_speedup=1.5, batch_size=BATCH
+    ).model
+    spoilt = given.hidden.factors[0].kernel
+    spoilt[...] *= 1.5
+    found = refit(model, given, IMAGES, iterations=5, batch_size=BATCH)
+    assert found.error_after < 0.7 * found.error_before
+    assert found.model.hidden.factors[0].kernel.dtype == spoilt.dtype == dtype
