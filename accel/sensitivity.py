@@ -142,7 +142,7 @@ def sensitivity_matrices(
         if not sums[call.activated].any() and program.reaches_outputs(call.output):
             raise ValueError(
                 f"{call.path}: no gradient of the outputs reaches it, though they hang on it"
-                f" ({WAY_OUT}, or leave it dense by a rule)"
+                f" ({WAY_OUT})"
             )
     return {call.path: Sensitivity(sums[call.output], sums[call.activated]) for call in calls}
 
@@ -153,7 +153,7 @@ def _of_each_image(output: jax.ShapeDtypeStruct, batch_size: int) -> bool:
     return floating and len(output.shape) > 0 and output.shape[0] % batch_size == 0
 
 
-def _rows(output: Float[Array, ...], batch_size: int) -> Float[Array, "batch k"]:
+def _rows(output: Float[Array, "rows ..."], batch_size: int) -> Float[Array, "batch k"]:
     return output.reshape(batch_size, -1).astype(jnp.float32)
 
 
