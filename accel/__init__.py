@@ -8,8 +8,10 @@ from accel.accelerate import Result, accelerate, reconstruct
 from accel.calibration import Calibration, calibrate
 from accel.checkpoint import load_model, save_model
 from accel.cost import count_conv_macs, count_dense_macs, count_macs
+from accel.device_times import LayerTimes, measure_times
 from accel.finetune import FinetuneResult, finetune
 from accel.images import ArraySource, ImageSource
+from accel.latency_budget import TimedPlan, select_for_latency
 from accel.models import ModelSpec
 from accel.plan import AccelerationPlan, LayerPlan
 from accel.progress import ConsoleProgress, Progress
@@ -28,11 +30,13 @@ __all__ = [
     "ImageSource",
     "LayerPlan",
     "LayerReport",
+    "LayerTimes",
     "ModelSpec",
     "Progress",
     "Refitted",
     "Report",
     "Result",
+    "TimedPlan",
     "accelerate",
     "calibrate",
     "count_conv_macs",
@@ -43,9 +47,11 @@ __all__ = [
     "load_model",
     "measure_errors",
     "measure_sensitivity",
+    "measure_times",
     "reconstruct",
     "refit",
     "reinitialized",
     "save_model",
+    "select_for_latency",
     "select_ranks",
 ]

@@ -23,6 +23,7 @@ from accel.calibration import ALL_KINDS, Calibration, calibrate, layer_kinds
 from accel.cost import count_conv_macs, count_dense_macs
 from accel.decompositions import DECOMPOSITIONS, Split, Weights
 from accel.images import ImageSource
+from accel.latency_budget import select_for_latency
 from accel.memory import peak_bytes, release_free_memory
 from accel.plan import AccelerationPlan, LayerPlan
 from accel.program import LayerCall, named_layers, specification
@@ -72,6 +73,8 @@ def accelerate(
     rank_selection: str = MEASURED_ERROR,
     rules: Rules | None = None,
     dense_speedup: float | None = None,
+    latency_speedup: float | None = None,
+    latency_batch: int = 1,
     positions_per_image: int = 10,
     batch_size: int = 16,
     cache_bytes: int | None = None,
@@ -103,6 +106,10 @@ def accelerate(
         rules: Layers by path pattern that stay ``"dense"`` or get a fixed rank.
         dense_speedup: Multiply-accumulates of all dense layers (``nnx.Linear``) now over those
             wanted: a budget apart from that of the convolutions. None leaves dense layers alone.
+        latency_speedup: A budget in time instead of ``speedup``: the original's measured time for
+            a batch over that of the accelerated network, on the default device, which should have
+            nothing else to do (``accel.latency_budget``). Needs ``measured_error``.
+        latency_batch: Images per batch in that measurement.
         positions_per_image: Output positions sampled per image and layer.
         batch_size: Images per batch while calibrating.
         cache_bytes: Host memory for activations between layers; by default a quarter of what is
@@ -121,6 +128,8 @@ def accelerate(
         check_speedup("dense_speedup", dense_speedup)
     chosen_solver = solver_named(solver)
     _check_reconstruction(reconstruction, chosen_solver)
+    if latency_speedup is not None:
+        _check_latency(latency_speedup, latency_batch, rank_selection, dense_speedup)
     calibration = calibrate(
         model,
         images,
@@ -139,14 +148,27 @@ def accelerate(
         sensitivity = measure_sensitivity(calibration, progress=progress)
     if rank_selection == MEASURED_ERROR:
         curves = measure_errors(calibration, sensitivity, progress=progress)
-    plan = select_ranks(
-        calibration,
-        speedup,
-        rank_selection=rank_selection,
-        rules=rules,
-        curves=curves,
-        dense_speedup=dense_speedup,
-    )
+    timed: dict[str, float] = {}
+    if latency_speedup is not None:
+        found = select_for_latency(
+            calibration,
+            model,
+            latency_speedup,
+            batch_size=latency_batch,
+            curves=curves,
+            rules=rules,
+            progress=progress,
+        )
+        plan, timed = found.plan, found.figures()
+    else:
+        plan = select_ranks(
+            calibration,
+            speedup,
+            rank_selection=rank_selection,
+            rules=rules,
+            curves=curves,
+            dense_speedup=dense_speedup,
+        )
     selected = time.perf_counter() - start
     result = reconstruct(
         calibration,
@@ -158,8 +180,12 @@ def accelerate(
         resume=resume,
         progress=progress,
     )
+    asked = (
+        {"speedup": speedup} if latency_speedup is None else {"latency_speedup": latency_speedup}
+    )
     settings = {
-        "speedup": speedup,
+        **asked,
+        **({"planned_latency": timed} if timed else {}),
         "rank_selection": rank_selection,
         "rules": dict(rules or {}),
         "dense_speedup": dense_speedup,
@@ -172,6 +198,18 @@ def accelerate(
         result.report, settings={**settings, **result.report.settings}, seconds=seconds
     )
     return dataclasses.replace(result, report=report)
+
+
+def _check_latency(
+    latency_speedup: float, batch_size: int, rank_selection: str, dense_speedup: float | None
+) -> None:
+    check_speedup("latency_speedup", latency_speedup)
+    if batch_size < 1:
+        raise ValueError(f"latency_batch is 1 or more, found {batch_size}")
+    if rank_selection != MEASURED_ERROR:
+        raise ValueError(f"latency_speedup needs {MEASURED_ERROR}, found {rank_selection}")
+    if dense_speedup is not None:
+        raise ValueError("latency_speedup is a budget for all: dense_speedup cannot be given, too")
 
 
 def solver_named(solver: str | Solver) -> Solver:

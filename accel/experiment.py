@@ -217,6 +217,8 @@ class Experiment:
         rank_selection: Name of the rank selection.
         rules: Layers by path pattern: ``dense``, or a rank.
         dense_speedup: Speedup of the dense layers, in their own MACs; None leaves them alone.
+        latency_speedup: Measured speedup to plan for, in place of ``speedup``; None for none.
+        latency_batch: Images per batch that it is measured with.
         positions_per_image: Sampled output positions per image and layer.
         batch_size: Images per batch in calibration and evaluation.
         seed: Seed of all that is drawn.
@@ -242,6 +244,8 @@ class Experiment:
     rank_selection: str = MEASURED_ERROR
     rules: Rules = dataclasses.field(default_factory=dict)
     dense_speedup: float | None = None
+    latency_speedup: float | None = None
+    latency_batch: int = 1
     positions_per_image: int = 10
     batch_size: int = 16
     seed: int = 0
@@ -309,6 +313,8 @@ class Experiment:
             rank_selection=self.rank_selection,
             rules=self.rules,
             dense_speedup=self.dense_speedup,
+            latency_speedup=self.latency_speedup,
+            latency_batch=self.latency_batch,
             positions_per_image=self.positions_per_image,
             batch_size=self.batch_size,
             seed=self.seed,

@@ -15,6 +15,7 @@ from flax import nnx
 from accel import error_curves
 from accel.calibration import Calibration
 from accel.decompositions import Decomposition
+from accel.device_times import LayerTimes
 from accel.error_curves import ErrorCurve, rank_macs
 from accel.images import images_at, spread
 from accel.plan import AccelerationPlan, LayerPlan
@@ -36,6 +37,7 @@ from accel.sensitivity import Sensitivity, images_needed, sensitivity_matrices
 from accel.solvers import response_spectrum
 
 MEASURED_ERROR = "measured_error"
+NANOSECONDS = 1e9
 
 
 def measure_sensitivity(
@@ -132,7 +134,53 @@ def select_ranks(
             chosen |= choose(True, dense_speedup)
         except ValueError as error:
             raise ValueError(f"dense_speedup: {error}") from error
+    return _plan(calibration, chosen, rules or {})
+
+
+def select_by_time(
+    calibration: Calibration,
+    seconds: float,
+    times: Mapping[str, LayerTimes],
+    curves: Mapping[str, ErrorCurve],
+    *,
+    rules: Rules | None = None,
+) -> AccelerationPlan:
+    """Chooses what becomes of each convolution so that all of them together take so long.
+
+    A layer for which every chain takes longer stays as it is.
+
+    Args:
+        calibration: From ``calibrate``.
+        seconds: What the convolutions that can be replaced may take together, by ``times``.
+        times: From ``measure_times``.
+        curves: From ``measure_errors``.
+        rules: As in ``accelerate``.
+
+    Raises:
+        ValueError: If that cannot be reached.
+    """
     fixed = apply_rules(calibration.widths, rules or {})
+    calls, _ = _of_kind(calibration, dense=False)
+    layers = [
+        LayerErrors(
+            path=call.path,
+            candidates=curves[call.path].candidates,
+            costs=np.rint(NANOSECONDS * times[call.path].chains).astype(np.int64),
+            errors=curves[call.path].errors,
+            dense_cost=round(NANOSECONDS * times[call.path].dense),
+            fixed=fixed[call.path],
+        )
+        for call in calls
+    ]
+    chosen = measured_error(layers, 0, int(NANOSECONDS * seconds), "ns per batch")
+    return _plan(calibration, chosen, rules or {})
+
+
+def _plan(
+    calibration: Calibration, chosen: Mapping[str, Candidate | None], rules: Rules
+) -> AccelerationPlan:
+    """The plan of all layers; the reason is said of each that is not replaced."""
+    fixed = apply_rules(calibration.widths, rules)
     plans = []
     for path in _execution_order(calibration):
         if path in calibration.left_out:
@@ -223,15 +271,15 @@ def _by_measured_error(
         LayerErrors(
             path=call.path,
             candidates=curves[call.path].candidates,
-            macs=curves[call.path].macs,
+            costs=curves[call.path].macs,
             errors=curves[call.path].errors,
-            dense_macs=dense_macs[call.path],
+            dense_cost=dense_macs[call.path],
             fixed=fixed[call.path],
         )
         for call in calls
     ]
     total = sum(dense_macs.values())
-    other = total - sum(layer.dense_macs for layer in layers)
+    other = total - sum(layer.dense_cost for layer in layers)
     return measured_error(layers, other, budget_from_speedup(total, speedup))
 
 

@@ -25,9 +25,9 @@ def layers_of(seed: int) -> list[LayerErrors]:
         LayerErrors(
             path=f"layer{index}",
             candidates=tuple(Candidate("channel", (rank,)) for rank in range(1, 6)),
-            macs=random.integers(1, 40, 5),
+            costs=random.integers(1, 40, 5),
             errors=random.random(5) ** 3,
-            dense_macs=int(random.integers(20, 40)),
+            dense_cost=int(random.integers(20, 40)),
         )
         for index in range(4)
     ]
@@ -38,7 +38,7 @@ def cost_and_loss(layers, chosen) -> tuple[int, float]:
     for layer in layers:
         candidate = chosen[layer.path]
         index = None if candidate is None else layer.candidates.index(candidate)
-        cost += layer.dense_macs if index is None else int(layer.macs[index])
+        cost += layer.dense_cost if index is None else int(layer.costs[index])
         loss += 0.0 if index is None else float(layer.errors[index])
     return cost, loss
 
@@ -46,8 +46,8 @@ def cost_and_loss(layers, chosen) -> tuple[int, float]:
 @pytest.mark.parametrize("seed", range(20))
 def test_the_selection_is_the_best_of_all(seed):
     layers = layers_of(seed)
-    other, dense = 7, sum(layer.dense_macs for layer in layers)
-    cheapest = sum(min(layer.macs.min(), layer.dense_macs) for layer in layers)
+    other, dense = 7, sum(layer.dense_cost for layer in layers)
+    cheapest = sum(min(layer.costs.min(), layer.dense_cost) for layer in layers)
     for budget in np.linspace(other + cheapest, other + dense, 5).astype(int).tolist():
         chosen = measured_error(layers, other, budget)
         cost, loss = cost_and_loss(layers, chosen)
@@ -65,14 +65,14 @@ def test_rules_fix_ranks_and_a_budget_out_of_reach_is_named():
     first, second, *_ = layers_of(0)
     rank = next(
         c.ranks[0]
-        for c, m in zip(first.candidates, first.macs, strict=True)
-        if m < first.dense_macs
+        for c, m in zip(first.candidates, first.costs, strict=True)
+        if m < first.dense_cost
     )
     fixed = LayerErrors(
-        first.path, first.candidates, first.macs, first.errors, first.dense_macs, fixed=rank
+        first.path, first.candidates, first.costs, first.errors, first.dense_cost, fixed=rank
     )
     dense = LayerErrors(
-        second.path, second.candidates, second.macs, second.errors, second.dense_macs, "dense"
+        second.path, second.candidates, second.costs, second.errors, second.dense_cost, "dense"
     )
     chosen = measured_error([fixed, dense], 0, 10**6)
     assert chosen[first.path] == Candidate("channel", (rank,))

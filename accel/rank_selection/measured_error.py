@@ -36,40 +36,44 @@ class LayerErrors:
     Attributes:
         path: Path of the layer in the module tree.
         candidates: The chains.
-        macs: MACs per image of each.
+        costs: Cost of each: MACs per image, or time.
         errors: Relative error at the network's outputs of each, e.
-        dense_macs: MACs per image of the layer as it is.
+        dense_cost: Cost of the layer as it is.
         fixed: What a rule demands: None (free), ``"dense"``, or a rank, the leading one of a chain.
     """
 
     path: str
     candidates: tuple[Candidate, ...]
-    macs: Int64[np.ndarray, " k"]
+    costs: Int64[np.ndarray, " k"]
     errors: Float64[np.ndarray, " k"]
-    dense_macs: int
+    dense_cost: int
     fixed: Literal["dense"] | int | None = None
 
 
 def measured_error(
-    layers: Sequence[LayerErrors], other_macs: int, budget_macs: int
+    layers: Sequence[LayerErrors],
+    other_cost: int,
+    budget: int,
+    unit: str = "MACs per image",
 ) -> dict[str, Candidate | None]:
     """The chain of each layer, by path; None where it stays dense.
 
     Args:
         layers: The layers that can be replaced.
-        other_macs: MACs per image of the convolutions that never are.
-        budget_macs: MACs per image that all convolutions together may cost.
+        other_cost: Cost of what is never replaced.
+        budget: What all may cost together.
+        unit: What costs are counted in.
 
     Raises:
         ValueError: If the budget cannot be met; the message says the largest reachable speedup.
     """
     fronts, options = [], []
     for layer in layers:
-        cost = np.append(layer.macs, layer.dense_macs)
+        cost = np.append(layer.costs, layer.dense_cost)
         loss = np.append(layer.errors, 0.0)
         # A chain that costs as much as the layer itself leaves it dense, whatever a rule says.
         allowed = np.array([_allowed(layer, candidate) for candidate in layer.candidates], bool)
-        allowed &= layer.macs < layer.dense_macs
+        allowed &= layer.costs < layer.dense_cost
         allowed = np.append(allowed, not (isinstance(layer.fixed, int) and allowed.any()))
         chosen = np.flatnonzero(allowed)
         kept = chosen[undominated(cost[chosen], loss[chosen])]
@@ -77,13 +81,13 @@ def measured_error(
         options.append([*layer.candidates, None])
         options[-1] = [options[-1][index] for index in kept]
     least = sum(int(front.cost[0]) for front in fronts)
-    slack = budget_macs - other_macs - least
+    slack = budget - other_cost - least
     if slack < 0:
-        original = other_macs + sum(layer.dense_macs for layer in layers)
-        reachable = int(1000 * original / (other_macs + least)) / 1000
+        original = other_cost + sum(layer.dense_cost for layer in layers)
+        reachable = int(1000 * original / (other_cost + least)) / 1000
         raise ValueError(
-            f"a budget of {budget_macs:,} MACs per image cannot be met: with the cheapest chain in"
-            f" every layer, {other_macs + least:,} of {original:,} are left; the largest reachable"
+            f"a budget of {budget:,} {unit} cannot be met: with the cheapest chain in"
+            f" every layer, {other_cost + least:,} of {original:,} are left; the largest reachable"
             f" speedup is {reachable:.3f}×"
         )
     chosen = solve([front._replace(cost=front.cost - front.cost[0]) for front in fronts], slack)

@@ -44,7 +44,8 @@ TableKind = TypeVar("TableKind", bound="Table")
 # What tables vary, or say themselves; the experiment's own values are not looked at.
 VARIED = (
     *("speedup", "decompositions", "reconstruction", "solver", "asymmetric"),
-    *("rank_selection", "dense_speedup", "seed", "second_sweep", "distillation"),
+    *("rank_selection", "dense_speedup", "latency_speedup", "latency_batch"),
+    *("seed", "second_sweep", "distillation"),
 )
 
 

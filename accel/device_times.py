@@ -1,0 +1,234 @@
+"""Times of single layers and of the chains that could replace them, on the device at hand.
+
+A layer is timed with its bias and the activation that follows, inside a loop of one compiled
+program: no dispatch, and no fresh memory for its outputs, is in the time, just as in the middle of
+a network. Of each kind of chain a few ranks are timed; between them times are interpolated. What
+was timed once is kept on disk, by device, versions and shapes.
+
+Times of layers do not quite add up to that of a network, whose compiler fuses across them. So they
+only propose plans; ``accel.latency_budget`` times each plan as a whole and corrects them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import time
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from jaxtyping import Float64
+
+from accel.decompositions import DECOMPOSITIONS, Decomposition
+from accel.error_curves import ErrorCurve
+from accel.plan import LayerPlan
+from accel.program import LayerCall, specification
+from accel.progress import Progress
+from accel.rank_selection import Candidate
+from accel.report.environment import device_name, versions
+from accel.rewrite import chain_for
+from accel.solvers.base import Activation, activate
+
+# A timed program runs a layer until this has passed, three times over; the least is taken, since
+# whatever else the machine does only adds.
+TIMED_SECONDS = 0.02
+REPEATS = 3
+# Ranks that are timed, as shares of the dearest ones of a kind.
+SHARES = (0.03, 0.1, 0.2, 0.35, 0.6, 1.0)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class LayerTimes:
+    """Times of one layer for a batch.
+
+    Attributes:
+        dense: Seconds of the layer as it is.
+        candidates: The chains of its error curve.
+        chains: Seconds of each.
+    """
+
+    dense: float
+    candidates: tuple[Candidate, ...]
+    chains: Float64[np.ndarray, " k"]
+
+    def of(self, layer: LayerPlan) -> float:
+        """Seconds of what a plan makes of the layer.
+
+        Raises:
+            ValueError: If the chain is none of the candidates.
+        """
+        if layer.decomposition is None:
+            return self.dense
+        chain = Candidate(layer.decomposition, layer.ranks)
+        if chain not in self.candidates:
+            raise ValueError(f"{layer.path}: {chain} was not timed")
+        return float(self.chains[self.candidates.index(chain)])
+
+
+def layer_seconds(
+    layer: nnx.Module, input_shape: Sequence[int], dtype: Any, activation: Activation
+) -> float:
+    """Seconds that a layer or a chain takes, with the activation that follows, on the device.
+
+    Args:
+        layer: The layer; the values of its weights do not matter.
+        input_shape: Shape of what it is given, the batch first.
+        dtype: Type of what it is given.
+        activation: What follows.
+    """
+    graphdef, state = nnx.split(layer)
+    inputs = jax.device_put(np.ones(input_shape, dtype))
+    count = 2
+    while True:
+        run = _looped.lower(graphdef, state, inputs, activation, count).compile()
+        jax.block_until_ready(run(state, inputs))
+        times = []
+        for _ in range(REPEATS):
+            start = time.perf_counter()
+            jax.block_until_ready(run(state, inputs))
+            times.append((time.perf_counter() - start) / count)
+        seconds = min(times)
+        if count * seconds >= TIMED_SECONDS / 2:
+            return seconds
+        count = max(2 * count, round(TIMED_SECONDS / seconds))
+
+
+@partial(jax.jit, static_argnums=(0, 3, 4))
+def _looped(
+    graphdef: nnx.GraphDef, state: Any, inputs: jax.Array, activation: Activation, count: int
+) -> jax.Array:
+    """The layer ``count`` times, each time on inputs that hang on the outputs before.
+
+    One element is written, in place; otherwise the compiler would run the layer once.
+    """
+
+    def once(_: Any, inputs: jax.Array) -> jax.Array:
+        outputs = activate(nnx.merge(graphdef, state)(inputs), activation)
+        last = jax.lax.optimization_barrier(outputs).reshape(-1)[-1]
+        return inputs.at[(0,) * inputs.ndim].set(last.astype(inputs.dtype))
+
+    return jax.lax.fori_loop(0, count, once, inputs)
+
+
+def default_cache() -> Path:
+    """Where times are kept: ``$XDG_CACHE_HOME/accel``, by default ``~/.cache/accel``."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "accel"
+
+
+class TimeCache:
+    """Times of layers on disk, in one file a device and set of versions.
+
+    Args:
+        folder: Where the file lies; made where it is missing.
+    """
+
+    def __init__(self, folder: Path):
+        kept = ("jax", "jaxlib", "flax")
+        where = {"device": device_name(), **{name: versions().get(name) for name in kept}}
+        text = json.dumps(where, sort_keys=True)
+        self.file = folder / f"times-{hashlib.sha256(text.encode()).hexdigest()[:16]}.json"
+        self.content: dict[str, Any] = {"measured_on": where, "seconds": {}}
+        if self.file.exists():
+            try:
+                content = json.loads(self.file.read_text())
+                self.content["seconds"] = {k: float(v) for k, v in content["seconds"].items()}
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise ValueError(f"{self.file} holds no times of layers: {error!r}") from error
+
+    def seconds(
+        self, layer: nnx.Module, input_shape: Sequence[int], dtype: Any, activation: Activation
+    ) -> float:
+        """``layer_seconds``, timed only where it is not known."""
+        known = self.content["seconds"]
+        key = f"{_text(layer)} of {np.dtype(dtype).name}{list(input_shape)} {activation}"
+        if key not in known:
+            known[key] = layer_seconds(layer, input_shape, dtype, activation)
+        return known[key]
+
+    def save(self) -> None:
+        """Writes the file, whole or not at all."""
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        partial_file = self.file.with_name(f"{self.file.name}.partial-{os.getpid()}")
+        partial_file.write_text(json.dumps(self.content, indent=1) + "\n")
+        partial_file.replace(self.file)
+
+
+def _text(layer: nnx.Module) -> str:
+    """All of a layer that its time hangs on: types, shapes, strides, precision; not its values."""
+    parts = []
+    for _, part in nnx.iter_graph(layer):
+        if isinstance(part, nnx.Conv | nnx.Linear):
+            fields = {
+                name: getattr(part, name, None)
+                for name in ("strides", "padding", "kernel_dilation", "input_dilation")
+            }
+            fields |= {name: str(getattr(part, name)) for name in ("dtype", "precision")}
+            fields["groups"] = getattr(part, "feature_group_count", 1)
+            kernel = part.kernel[...]
+            parts.append(
+                f"{type(part).__name__}{list(kernel.shape)} {kernel.dtype}"
+                f" bias={part.bias is not None} {fields}"
+            )
+    return "; ".join(parts)
+
+
+def measure_times(
+    calls: Sequence[LayerCall],
+    curves: Mapping[str, ErrorCurve],
+    batch_size: int,
+    *,
+    cache: Path | None = None,
+    progress: Progress | None = None,
+) -> dict[str, LayerTimes]:
+    """Times of all layers and of the chains of their error curves, by path.
+
+    Args:
+        calls: The layers that can be replaced.
+        curves: From ``measure_errors``: the chains to choose from.
+        batch_size: Images per batch.
+        cache: A folder that keeps times; by default ``default_cache()``.
+        progress: Receives what is being done.
+    """
+    progress = progress or Progress()
+    known = TimeCache(cache or default_cache())
+    progress.begin(f"timing layers at batch {batch_size}", len(calls))
+    times: dict[str, LayerTimes] = {}
+    for call in calls:
+        progress.describe(f"timing {call.path} at batch {batch_size}")
+        given = specification(call.input)
+        # What a layer is given has the images' axis in front, or the network could not be cut.
+        shape = (batch_size, *given.shape[1:])
+        timed = partial(
+            known.seconds, input_shape=shape, dtype=given.dtype, activation=call.activation
+        )
+        times[call.path] = _layer_times(call, curves[call.path].candidates, timed)
+        known.save()
+        progress.advance(1)
+    return times
+
+
+def _layer_times(call: LayerCall, candidates: Sequence[Candidate], timed: Any) -> LayerTimes:
+    """The times of one layer; candidates of a kind stand together, by ascending rank."""
+    seconds = np.empty(len(candidates))
+    kinds = [candidate.decomposition for candidate in candidates]
+    for kind in dict.fromkeys(kinds):
+        decomposition = DECOMPOSITIONS[kind]
+        where = [index for index, name in enumerate(kinds) if name == kind]
+        dearest = len(where) - 1
+        chosen = sorted({round(share * dearest) for share in (0.0, *SHARES)})
+        found = [
+            timed(_chain(call, decomposition, candidates[where[index]].ranks)) for index in chosen
+        ]
+        seconds[where] = np.interp(np.arange(len(where)), chosen, found)
+    return LayerTimes(timed(call.layer), tuple(candidates), seconds)
+
+
+def _chain(call: LayerCall, decomposition: Decomposition, ranks: Sequence[int]) -> nnx.Module:
+    return chain_for(call.layer, decomposition.factors(call.layer, *ranks))

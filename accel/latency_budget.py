@@ -1,0 +1,163 @@
+"""A budget in measured time: the network shall be so many times faster on the device at hand.
+
+Times of single layers (``accel.device_times``) propose a plan, a network of that shape is timed as
+a whole beside the original, and what was found corrects the next proposal, until the speedup that
+is measured is the one that was asked for. No layer is fitted for that: the time of a network does
+not hang on the values of its weights.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+
+from flax import nnx
+
+from accel.benchmark import latency
+from accel.calibration import Calibration
+from accel.device_times import LayerTimes, measure_times
+from accel.error_curves import ErrorCurve
+from accel.plan import AccelerationPlan
+from accel.program import specification
+from accel.progress import Progress
+from accel.rank_selection import Rules, check_speedup
+from accel.rewrite import rewrite
+from accel.selection import measure_errors, select_by_time
+
+# A plan is taken at once where its speedup is this close to the one asked for; after ROUNDS plans
+# the closest is, if it is within LIMIT.
+TOLERANCE = 0.015
+LIMIT = 0.05
+ROUNDS = 6
+
+
+@dataclasses.dataclass(frozen=True)
+class TimedPlan:
+    """A plan, and the time of networks of that shape.
+
+    Attributes:
+        plan: What becomes of each layer.
+        batch_size: Images per batch.
+        original_ms: Median time of the original for a batch, in milliseconds.
+        accelerated_ms: The same of a network of the plan's shape, in turns with the original.
+        layers_ms: The sum of the times of its layers, as timed one by one.
+        speedup: Ratio of the medians.
+    """
+
+    plan: AccelerationPlan
+    batch_size: int
+    original_ms: float
+    accelerated_ms: float
+    layers_ms: float
+    speedup: float
+
+    def figures(self) -> dict[str, float]:
+        """All but the plan, for a report."""
+        return {k: v for k, v in dataclasses.asdict(self).items() if k != "plan"}
+
+
+def select_for_latency(
+    calibration: Calibration,
+    original: nnx.Module,
+    speedup: float,
+    *,
+    batch_size: int = 1,
+    curves: Mapping[str, ErrorCurve] | None = None,
+    times: Mapping[str, LayerTimes] | None = None,
+    rules: Rules | None = None,
+    seconds: float = 6.0,
+    cache: Path | None = None,
+    progress: Progress | None = None,
+) -> TimedPlan:
+    """Chooses what becomes of each convolution so that the network runs ``speedup`` times faster.
+
+    Args:
+        calibration: From ``calibrate``.
+        original: The network that is the measure, as it was given to ``calibrate``.
+        speedup: Its time for a batch over that of the accelerated network, on the default device.
+        batch_size: Images per batch.
+        curves: From ``measure_errors``, which is called where they are not given.
+        times: From ``measure_times`` for this batch size, which is called where they are not given.
+        rules: As in ``accelerate``.
+        seconds: Time for timing one plan, in turns with the original.
+        cache: Folder of the times of layers; by default ``accel.device_times.default_cache()``.
+        progress: Receives what is being done.
+
+    Raises:
+        ValueError: If no plan is within 5 % of the speedup; the message says the largest one that
+            was measured.
+    """
+    check_speedup("latency_speedup", speedup)
+    progress = progress or Progress()
+    curves = measure_errors(calibration, progress=progress) if curves is None else curves
+    calls = [call for call in calibration.calls if isinstance(call.layer, nnx.Conv)]
+    if times is None:
+        times = measure_times(calls, curves, batch_size, cache=cache, progress=progress)
+    dense = sum(times[call.path].dense for call in calls)
+    fastest = sum(min(times[call.path].dense, *times[call.path].chains.tolist()) for call in calls)
+    tried: list[TimedPlan] = []
+    budget = dense / speedup
+    for _ in range(ROUNDS):
+        # A hair above the fastest of all, so that rounding to whole nanoseconds cannot refuse it.
+        budget = max(budget, fastest + 1e-9 * (len(calls) + 1))
+        plan = select_by_time(calibration, budget, times, curves, rules=rules)
+        if any(plan == earlier.plan for earlier in tried):
+            break
+        timed = time_plan(calibration, original, plan, times, batch_size, seconds)
+        progress.say(
+            f"batch {batch_size}: {timed.original_ms:.2f} ms → {timed.accelerated_ms:.2f} ms,"
+            f" {timed.speedup:.2f}× of {speedup:g}× asked for"
+        )
+        tried.append(timed)
+        if abs(timed.speedup / speedup - 1) <= TOLERANCE:
+            break
+        # The network's time, taken as a straight line in the sum of its layers' times, through the
+        # original and the plan that was timed last.
+        slope = (timed.original_ms - timed.accelerated_ms) / (1000 * dense - timed.layers_ms)
+        wanted = timed.original_ms / speedup
+        step = (
+            (wanted - timed.accelerated_ms) / slope if slope > 0 else wanted - timed.accelerated_ms
+        )
+        budget = (timed.layers_ms + step) / 1000
+    best = min(tried, key=lambda timed: abs(timed.speedup / speedup - 1))
+    if abs(best.speedup / speedup - 1) > LIMIT:
+        reached = max(timed.speedup for timed in tried)
+        raise ValueError(
+            f"a latency_speedup of {speedup:g} was not reached on this device at batch"
+            f" {batch_size}: the best of {len(tried)} plans that were timed is {reached:.2f}×"
+        )
+    return best
+
+
+def time_plan(
+    calibration: Calibration,
+    original: nnx.Module,
+    plan: AccelerationPlan,
+    times: Mapping[str, LayerTimes],
+    batch_size: int,
+    seconds: float,
+) -> TimedPlan:
+    """Times a network of the plan's shape, its chains' weights zeros, in turns with the original.
+
+    Args:
+        calibration: From ``calibrate``.
+        original: The original network.
+        plan: What becomes of each layer.
+        times: The times of its layers; each of its chains is among those of the error curves.
+        batch_size: Images per batch.
+        seconds: How long to time.
+    """
+    network = rewrite(calibration.model, plan)
+    image_shape = specification(calibration.program.images).shape[1:]
+    (row,) = latency(
+        original, network, image_shape, batch_sizes=(batch_size,), repeats=200, seconds=seconds
+    ).values()
+    return TimedPlan(
+        plan,
+        batch_size,
+        row["original_ms"],
+        row["accelerated_ms"],
+        1000 * sum(times[layer.path].of(layer) for layer in plan.layers if layer.path in times),
+        row["speedup"],
+    )

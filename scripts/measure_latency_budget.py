@@ -1,0 +1,241 @@
+"""Measures what a budget in time delivers: speedup asked for against speedup measured.
+
+    python scripts/measure_latency_budget.py CONFIG --out FILE.json [--FIELD VALUE ...]
+
+On the experiment's network and images, for each batch size: how long timing the layers takes; what
+the plans for 2×, 3× and 4× deliver when they are timed once more, in turns with the original; what
+plans by MACs deliver; how well times of layers, corrected by one straight line, tell the time of
+random plans; and the error on the evaluation images of the 4× MAC plan and of a plan that was made
+to be as fast as that one was measured to be. The device should have nothing else to do.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import tyro
+
+from accel.accelerate import reconstruct
+from accel.calibration import Calibration, calibrate
+from accel.configuration import load_config
+from accel.device_times import LayerTimes, measure_times
+from accel.error_curves import ErrorCurve
+from accel.experiment import Experiment
+from accel.latency_budget import TimedPlan, select_for_latency, time_plan
+from accel.plan import AccelerationPlan
+from accel.progress import LineProgress
+from accel.report.environment import command_line, device_name, versions
+from accel.selection import measure_errors, measure_sensitivity, select_by_time, select_ranks
+from accel.tables.grid import write_whole
+
+
+@dataclasses.dataclass(frozen=True)
+class Measurement:
+    """What is measured (see the module's docstring).
+
+    Attributes:
+        experiment: Network, weights and images.
+        out: The file to write; must not exist.
+        batch_sizes: Images per batch.
+        speedups: Asked for.
+        random_plans: How many random plans test the times of layers, per batch size.
+        seconds: Time for timing one plan.
+        errors: Batch sizes at which the errors of both 4× plans are measured.
+    """
+
+    experiment: Annotated[tyro.conf.AvoidSubcommands[Experiment], tyro.conf.arg(name="")]
+    out: Path
+    batch_sizes: tuple[int, ...] = (1, 8)
+    speedups: tuple[float, ...] = (2.0, 3.0, 4.0)
+    random_plans: int = 20
+    seconds: float = 8.0
+    errors: tuple[int, ...] = (1,)
+
+
+def main() -> int:
+    config = Path(sys.argv[1])
+    asked = tyro.cli(
+        Measurement,
+        args=sys.argv[2:],
+        default=Measurement(load_config(config, Experiment), Path("latency_budget.json")),
+    )
+    if asked.out.exists():
+        raise FileExistsError(f"{asked.out} exists already; nothing is overwritten")
+    experiment, progress = asked.experiment, LineProgress()
+    original = experiment.load_model()
+    calibration = calibrate(
+        original,
+        experiment.limited(experiment.calibration),
+        decompositions=experiment.decompositions,
+        positions_per_image=experiment.positions_per_image,
+        batch_size=experiment.batch_size,
+        seed=experiment.seed,
+        progress=progress,
+    )
+    progress.say("measuring errors")
+    sensitivity = measure_sensitivity(calibration)
+    curves = measure_errors(calibration, sensitivity)
+    found: dict[str, Any] = {
+        "command": command_line(),
+        "device": device_name(),
+        "versions": versions(),
+        "images": len(calibration.source),
+        "batches": {},
+    }
+    plans: dict[int, dict[str, AccelerationPlan]] = {}
+    for batch_size in asked.batch_sizes:
+        row, plans[batch_size] = _batch(asked, calibration, original, curves, batch_size, progress)
+        found["batches"][str(batch_size)] = row
+        write_whole(asked.out, json.dumps(found, indent=2) + "\n")
+    before = experiment.accuracy(original)
+    for batch_size in asked.errors:
+        row = found["batches"][str(batch_size)]
+        for name, plan in plans[batch_size].items():
+            progress.say(f"fitting the {name} plan for batch {batch_size}")
+            result = reconstruct(calibration, plan, sensitivity=sensitivity)
+            row["equal_time"][name]["metrics"] = experiment.evaluate(original, result.model, before)
+            write_whole(asked.out, json.dumps(found, indent=2) + "\n")
+    print(json.dumps(found, indent=2))
+    return 0
+
+
+def _batch(
+    asked: Measurement,
+    calibration: Calibration,
+    original: Any,
+    curves: Mapping[str, ErrorCurve],
+    batch_size: int,
+    progress: LineProgress,
+) -> tuple[dict[str, Any], dict[str, AccelerationPlan]]:
+    """All but the errors for one batch size, and the two 4× plans."""
+
+    def timed(plan: AccelerationPlan, seconds: float) -> TimedPlan:
+        return time_plan(calibration, original, plan, times, batch_size, seconds)
+
+    def figures(timed: TimedPlan) -> dict[str, Any]:
+        total = sum(calibration.macs.values())
+        layers = [
+            f"{layer.decomposition or 'dense'} {list(layer.ranks)}" for layer in timed.plan.layers
+        ]
+        macs = _macs(calibration, curves, timed.plan)
+        return {**timed.figures(), "mac_speedup": total / macs, "layers": layers}
+
+    start = time.perf_counter()
+    # An empty cache, so that the time of timing is that of a first run.
+    with tempfile.TemporaryDirectory() as cache:
+        times = measure_times(calibration.calls, curves, batch_size, cache=Path(cache))
+    row: dict[str, Any] = {"timing_seconds": time.perf_counter() - start, "asked": {}}
+    progress.say(f"batch {batch_size}: layers timed in {row['timing_seconds']:.0f} s")
+    for speedup in asked.speedups:
+        try:
+            planned = select_for_latency(
+                calibration,
+                original,
+                speedup,
+                batch_size=batch_size,
+                curves=curves,
+                times=times,
+                progress=progress,
+            )
+        except ValueError as error:
+            row["asked"][f"{speedup:g}"] = {"refused": str(error)}
+            progress.say(str(error))
+            continue
+        again = timed(planned.plan, asked.seconds)
+        row["asked"][f"{speedup:g}"] = {
+            "planned_speedup": planned.speedup,
+            "delivered": again.speedup / speedup,
+            **figures(again),
+        }
+        progress.say(f"asked {speedup:g}×, timed once more: {again.speedup:.2f}×")
+    by_macs = timed(select_ranks(calibration, 4.0, curves=curves), asked.seconds)
+    row["mac_plan_4x"] = {
+        **figures(by_macs),
+        "measured_over_theoretical": by_macs.speedup / 4.0,
+    }
+    progress.say(f"4× fewer MACs: {by_macs.speedup:.2f}× measured")
+    plans = {"by MACs": by_macs.plan}
+    row["equal_time"] = {"by MACs": figures(by_macs)}
+    equal = select_for_latency(
+        calibration,
+        original,
+        by_macs.speedup,
+        batch_size=batch_size,
+        curves=curves,
+        times=times,
+        progress=progress,
+    )
+    plans["by time"] = equal.plan
+    row["equal_time"]["by time"] = figures(timed(equal.plan, asked.seconds))
+    row["random_plans"] = _random_plans(asked, calibration, curves, times, timed, by_macs)
+    progress.say(f"random plans: {row['random_plans']['median_relative_error']:.3f} off (median)")
+    return row, plans
+
+
+def _macs(
+    calibration: Calibration, curves: Mapping[str, ErrorCurve], plan: AccelerationPlan
+) -> int:
+    """MACs per image of all convolutions."""
+    total = sum(calibration.macs.values())
+    for layer in plan.layers:
+        if layer.decomposition is None:
+            continue
+        curve = curves[layer.path]
+        (macs,) = (
+            int(macs)
+            for candidate, macs in zip(curve.candidates, curve.macs, strict=True)
+            if (candidate.decomposition, candidate.ranks) == (layer.decomposition, layer.ranks)
+        )
+        total += macs - calibration.macs[layer.path]
+    return total
+
+
+def _random_plans(
+    asked: Measurement,
+    calibration: Calibration,
+    curves: Mapping[str, ErrorCurve],
+    times: Mapping[str, LayerTimes],
+    timed: Any,
+    reference: TimedPlan,
+) -> dict[str, Any]:
+    """How far predicted times of random plans are off.
+
+    Plans are the best ones for random errors, so that they vary in kinds and ranks. Predicted by
+    the line through the original and ``reference``, neither of which is among them.
+    """
+    random = np.random.default_rng(asked.experiment.seed)
+    dense_ms = 1000 * sum(time.dense for time in times.values())
+    slope = (reference.original_ms - reference.accelerated_ms) / (dense_ms - reference.layers_ms)
+    rows = []
+    for _ in range(asked.random_plans):
+        shuffled = {
+            path: dataclasses.replace(
+                curve,
+                errors=curve.errors * np.exp(random.standard_normal(len(curve.errors))),
+            )
+            for path, curve in curves.items()
+        }
+        budget = dense_ms / 1000 / random.uniform(1.5, 4.0)
+        plan = timed(select_by_time(calibration, budget, times, shuffled), asked.seconds / 2)
+        predicted = reference.accelerated_ms + slope * (plan.layers_ms - reference.layers_ms)
+        rows.append(
+            {
+                "predicted_ms": predicted,
+                "measured_ms": plan.accelerated_ms,
+                "sum_of_layers_ms": plan.layers_ms,
+            }
+        )
+    errors = [abs(row["predicted_ms"] / row["measured_ms"] - 1) for row in rows]
+    return {"median_relative_error": float(np.median(errors)), "plans": rows}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

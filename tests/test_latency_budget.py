@@ -1,0 +1,192 @@
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import networks
+import numpy as np
+import pytest
+from flax import nnx
+
+from accel import (
+    accelerate,
+    calibrate,
+    count_conv_macs,
+    latency_budget,
+    measure_errors,
+    measure_times,
+    select_ranks,
+)
+from accel.device_times import LayerTimes, TimeCache, _layer_times, layer_seconds
+from accel.latency_budget import select_for_latency, time_plan
+from accel.plan import LayerPlan
+from accel.selection import select_by_time
+
+KINDS = ("channel", "spatial", "tucker2")
+IMAGES = networks.images(40)
+
+
+def conv(inputs, outputs):
+    return nnx.Conv(inputs, outputs, (3, 3), rngs=nnx.Rngs(0))
+
+
+@pytest.fixture(scope="module")
+def measured():
+    model = networks.network("chain")
+    calibration = calibrate(model, IMAGES, decompositions=KINDS)
+    return model, calibration, measure_errors(calibration)
+
+
+def planted(calibration, curves, seconds_per_mac=1e-9):
+    """Times that are proportional to MACs."""
+    return {
+        call.path: LayerTimes(
+            seconds_per_mac * calibration.macs[call.path],
+            curves[call.path].candidates,
+            seconds_per_mac * curves[call.path].macs,
+        )
+        for call in calibration.calls
+    }
+
+
+def test_sixteen_times_the_work_takes_several_times_as_long():
+    small = layer_seconds(conv(32, 32), (1, 32, 32, 32), np.float32, "relu")
+    large = layer_seconds(conv(128, 128), (1, 32, 32, 128), np.float32, "relu")
+    assert 0 < 4 * small < large
+
+
+def test_a_layer_is_really_run_each_time():
+    """Were the layer moved out of the loop, the time of a run would fall with their number."""
+    layer, shape = conv(64, 64), (4, 32, 32, 64)
+    seconds = layer_seconds(layer, shape, np.float32, "identity")
+    operations = 4 * 32 * 32 * 9 * 64 * 64
+    # No core does 2^40 multiply-accumulates a second.
+    assert seconds > operations / 2**40
+
+
+def test_times_are_kept_on_disk_and_damage_is_named(tmp_path):
+    cache = TimeCache(tmp_path)
+    layer, shape = conv(4, 4), (1, 8, 8, 4)
+    assert cache.seconds(layer, shape, np.float32, "relu") > 0
+    cache.save()
+    content = json.loads(cache.file.read_text())
+    (key,) = content["seconds"]
+    content["seconds"][key] = 42.0
+    cache.file.write_text(json.dumps(content))
+    assert TimeCache(tmp_path).seconds(layer, shape, np.float32, "relu") == 42.0
+    valid = nnx.Conv(4, 4, (3, 3), padding="VALID", rngs=nnx.Rngs(0))
+    again = TimeCache(tmp_path)
+    assert again.seconds(conv(4, 5), shape, np.float32, "relu") < 42.0
+    assert again.seconds(valid, shape, np.float32, "relu") < 42.0
+    assert again.seconds(layer, (2, 8, 8, 4), np.float32, "relu") < 42.0
+    assert again.seconds(layer, shape, np.float32, "identity") < 42.0
+    assert again.seconds(layer, shape, jnp.bfloat16, "relu") < 42.0
+    cache.file.write_text("[]")
+    with pytest.raises(ValueError, match=r"times-.*json holds no times of layers"):
+        TimeCache(tmp_path)
+
+
+def test_times_between_measured_ranks_are_interpolated(measured):
+    """With times that are a straight line in the rank, all ranks come out exactly."""
+    _, calibration, curves = measured
+    asked = []
+
+    def timed(layer):
+        asked.append(layer)
+        return 5.0 if isinstance(layer, nnx.Conv) else float(layer.factors[0].out_features)
+
+    call = calibration.calls[1]
+    candidates = [c for c in curves[call.path].candidates if c.decomposition != "tucker2"]
+    times = _layer_times(call, candidates, timed)
+    assert len(asked) < len(candidates)
+    np.testing.assert_allclose(times.chains, [c.ranks[0] for c in candidates])
+    assert times.of(LayerPlan(call.path)) == 5.0
+    last = candidates[-1]
+    assert times.of(LayerPlan(call.path, last.decomposition, last.ranks)) == last.ranks[0]
+    with pytest.raises(ValueError, match=f"{call.path}: .* was not timed"):
+        times.of(LayerPlan(call.path, "channel", (10**6,)))
+
+
+def test_times_in_proportion_to_macs_give_the_plan_of_macs(measured):
+    _, calibration, curves = measured
+    plan = select_ranks(calibration, 2.5, curves=curves)
+    times = planted(calibration, curves)
+    total = sum(calibration.macs.values())
+    rest = total - sum(calibration.macs[call.path] for call in calibration.calls)
+    budget = 1e-9 * (total / 2.5 - rest)
+    assert select_by_time(calibration, budget, times, curves) == plan
+
+
+def test_a_layer_stays_as_it_is_where_its_chains_are_slower(measured):
+    _, calibration, curves = measured
+    times = planted(calibration, curves)
+    slow = calibration.calls[1].path
+    times[slow] = dataclasses.replace(times[slow], chains=times[slow].chains + times[slow].dense)
+    budget = sum(time.dense for time in times.values()) / 1.5
+    plan = {
+        layer.path: layer for layer in select_by_time(calibration, budget, times, curves).layers
+    }
+    assert plan[slow].decomposition is None
+    assert plan[slow].reason
+    assert any(layer.decomposition for layer in plan.values())
+
+
+@pytest.mark.parametrize("speedup", [1.5, 2.0, 2.5])
+def test_the_speedup_asked_for_is_found_though_times_do_not_add_up(measured, monkeypatch, speedup):
+    """Planted: a network takes a constant and a power of the sum of what its layers take."""
+    model, calibration, curves = measured
+    times = planted(calibration, curves)
+    total = 1e-9 * sum(calibration.macs.values())
+    batch = jax.ShapeDtypeStruct((1, *IMAGES.shape[1:]), np.float32)
+
+    def latency(original, network, shape, *, batch_sizes, repeats, seconds):
+        assert shape == batch.shape[1:]
+        seconds_of = [
+            0.1 * total
+            + 0.7 * total * (1e-9 * sum(count_conv_macs(m, batch).values()) / total) ** 0.8
+            for m in (original, network)
+        ]
+        before, after = (1000 * value for value in seconds_of)
+        row = {"original_ms": before, "accelerated_ms": after, "speedup": before / after}
+        return {str(batch_sizes[0]): row}
+
+    monkeypatch.setattr(latency_budget, "latency", latency)
+    found = select_for_latency(calibration, model, speedup, curves=curves, times=times)
+    assert found.speedup == pytest.approx(speedup, rel=0.05)
+    assert found.original_ms == pytest.approx(1000 * 0.8 * total)
+    with pytest.raises(ValueError, match=r"latency_speedup of 60 was not reached .* timed is \d"):
+        select_for_latency(calibration, model, 60.0, curves=curves, times=times)
+
+
+def test_layers_and_networks_are_timed_here(measured, tmp_path):
+    model, calibration, curves = measured
+    times = measure_times(calibration.calls, curves, 2, cache=tmp_path)
+    assert times.keys() == {call.path for call in calibration.calls}
+    assert all(time.dense > 0 and (time.chains > 0).all() for time in times.values())
+    assert list(tmp_path.glob("times-*.json"))
+    plan = select_ranks(calibration, 2.0, curves=curves)
+    timed = time_plan(calibration, model, plan, times, 2, 0.2)
+    assert timed.accelerated_ms > 0
+    assert timed.layers_ms > 0
+    assert timed.speedup == pytest.approx(timed.original_ms / timed.accelerated_ms)
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"latency_speedup": 1.0}, "latency_speedup must be a finite number above 1"),
+        ({"latency_speedup": 2.0, "latency_batch": 0}, "latency_batch is 1 or more, found 0"),
+        (
+            {
+                "latency_speedup": 2.0,
+                "rank_selection": "exact_energy",
+                "decompositions": "channel",
+            },
+            "latency_speedup needs measured_error, found exact_energy",
+        ),
+        ({"latency_speedup": 2.0, "dense_speedup": 2.0}, "dense_speedup cannot be given"),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_long_work(options, text):
+    with pytest.raises(ValueError, match=text):
+        accelerate(networks.network("chain"), IMAGES, **options)
