@@ -9,7 +9,7 @@ not hang on the values of its weights.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from flax import nnx
@@ -112,14 +112,7 @@ def select_for_latency(
         tried.append(timed)
         if abs(timed.speedup / speedup - 1) <= TOLERANCE:
             break
-        # The network's time, taken as a straight line in the sum of its layers' times, through the
-        # original and the plan that was timed last.
-        slope = (timed.original_ms - timed.accelerated_ms) / (1000 * dense - timed.layers_ms)
-        wanted = timed.original_ms / speedup
-        step = (
-            (wanted - timed.accelerated_ms) / slope if slope > 0 else wanted - timed.accelerated_ms
-        )
-        budget = (timed.layers_ms + step) / 1000
+        budget = _next_budget(tried, 1000 * dense, 1 / speedup) / 1000
     best = min(tried, key=lambda timed: abs(timed.speedup / speedup - 1))
     if abs(best.speedup / speedup - 1) > LIMIT:
         reached = max(timed.speedup for timed in tried)
@@ -128,6 +121,25 @@ def select_for_latency(
             f" {batch_size}: the best of {len(tried)} plans that were timed is {reached:.2f}×"
         )
     return best
+
+
+def _next_budget(tried: Sequence[TimedPlan], dense_ms: float, wanted: float) -> float:
+    """The sum of layers' times, in ms, at which the network should take the share ``wanted``.
+
+    The network's time, as a share of the original's (so that whatever slows both down falls out),
+    is taken as a straight line in the sum of its layers' times: between the two plans, the original
+    among them, that are next to the one wanted on either side; through the original and the fastest
+    where all are slower, but no more than halving the sum in one step.
+    """
+    points = sorted([(dense_ms, 1.0), *((plan.layers_ms, 1 / plan.speedup) for plan in tried)])
+    slower = min((p for p in points if p[1] > wanted), key=lambda p: p[1], default=points[-1])
+    faster = max((p for p in points if p[1] <= wanted), key=lambda p: p[1], default=None)
+    if faster is not None:
+        share = (wanted - faster[1]) / (slower[1] - faster[1])
+        return faster[0] + share * (slower[0] - faster[0])
+    gained = (1 - slower[1]) / (dense_ms - slower[0])
+    step = (slower[1] - wanted) / gained if gained > 0 else slower[0]
+    return slower[0] - min(step, slower[0] / 2)
 
 
 def time_plan(
