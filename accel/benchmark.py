@@ -1,18 +1,36 @@
-"""Latency: how long a network takes for a batch of images on the device at hand."""
+"""How long a network takes for a batch of images on the device at hand.
+
+``latency`` times two networks against each other; ``benchmark`` does so for the folder that
+``accel run`` wrote, and says beside it what the compiler makes of both and where the time goes.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 from flax import nnx
 
-from accel.evaluation.forward import forward_function
+from accel.checkpoint import load_model, saved_plan, saved_spec
+from accel.cost import count_conv_macs
+from accel.device_times import layer_seconds
+from accel.evaluation.forward import Forward, forward_function
+from accel.plan import AccelerationPlan, LayerPlan
+from accel.program import Program, named_layers, specification, trace
+from accel.progress import Progress
+from accel.report.benchmark import BatchBenchmark, Benchmark, LayerBenchmark, NetworkBenchmark
+from accel.report.environment import device_name, versions
+from accel.rewrite import FactorizedConv
 
 LEAST_REPEATS = 3
+REPEATS = 30
+BENCHMARK_FILE = "benchmark.json"
 
 
 def latency(
@@ -21,7 +39,7 @@ def latency(
     image_shape: Sequence[int],
     *,
     batch_sizes: Sequence[int] = (1, 16),
-    repeats: int = 30,
+    repeats: int = REPEATS,
     seconds: float = 30.0,
 ) -> dict[str, dict[str, float]]:
     """Times both networks on the default device, a run of one after a run of the other.
@@ -47,38 +65,260 @@ def latency(
     Raises:
         ValueError: If batch sizes, repeats or seconds are not positive.
     """
-    if not batch_sizes or min(batch_sizes) < 1 or repeats < LEAST_REPEATS or seconds <= 0:
+    _check_measurement("latency", batch_sizes, repeats, seconds)
+    networks = _forward_functions(original, accelerated)
+    share = seconds / len(batch_sizes)
+    return {
+        str(batch_size): _timed(_compiled(networks, (batch_size, *image_shape)), repeats, share)
+        for batch_size in batch_sizes
+    }
+
+
+def benchmark(
+    folder: Path,
+    out: Path,
+    command: str,
+    *,
+    image_shape: Sequence[int] | None = None,
+    batch_sizes: Sequence[int] = (1, 8),
+    seconds: float = 30.0,
+    progress: Progress | None = None,
+) -> Benchmark:
+    """Measures what an acceleration gains on the default device, and writes it to a file.
+
+    The original network is built anew from what the model folder says, with fresh parameters, since
+    a folder holds the weights of the accelerated one alone; times do not depend on the values of
+    weights. Both networks are timed as ``latency`` does, and each convolution and the chain in its
+    place by themselves (``layer_seconds``), on float32 images.
+
+    Args:
+        folder: What ``accel run`` wrote: ``model/`` and ``report.json``.
+        out: The file to write; must not exist yet.
+        command: The command that was given, for the record.
+        image_shape: Shape of one image, ``(height, width, channels)``; by default that of the
+            images of the run, from ``report.json``.
+        batch_sizes: Images per batch; each is measured by itself.
+        seconds: Time for all timed runs of the networks, as in ``latency``. What compilation and
+            the single layers take comes on top.
+        progress: Receives what is being measured.
+
+    Raises:
+        FileExistsError: If ``out`` exists.
+        ValueError: If the folder holds no accelerated network or not what its original is built
+            from, if the shape of the images is unknown or does not fit the network, or if batch
+            sizes or seconds are not positive; before anything is measured.
+    """
+    _check_measurement("benchmark", batch_sizes, REPEATS, seconds)
+    if out.exists():
+        raise FileExistsError(f"{out} exists already; nothing is overwritten")
+    if not out.parent.is_dir():
+        raise ValueError(f"{out.parent} is no folder to write {out.name} to")
+    model_folder = folder / "model"
+    spec, plan = saved_spec(model_folder), saved_plan(model_folder)
+    if spec is None:
+        raise ValueError(f"{model_folder} does not say how its original network is built")
+    if plan is None or not plan.layers:
+        raise ValueError(f"{model_folder} holds no accelerated network")
+    shape = _image_shape(folder, image_shape)
+    dtype = np.dtype(np.float32)
+    image = jax.ShapeDtypeStruct((1, *shape), dtype)
+    # Of the abstract network, so that a shape which does not fit shows before weights are read.
+    macs_original = count_conv_macs(nnx.eval_shape(spec.build), image)
+    original, accelerated = spec.build(), load_model(model_folder)
+    macs_accelerated = count_conv_macs(accelerated, image)
+    total, left = sum(macs_original.values()), sum(macs_accelerated.values())
+    macs = {"original": total, "accelerated": left, "speedup": total / left}
+    progress = progress or Progress()
+    networks = _forward_functions(original, accelerated)
+    batches = []
+    not_timed: dict[str, str] = {}
+    for batch_size in batch_sizes:
+        progress.say(f"timing both networks at batch {batch_size}")
+        images = jax.ShapeDtypeStruct((batch_size, *shape), dtype)
+        compiled = _compiled(networks, images.shape)
+        row = _timed(compiled, REPEATS, seconds / len(batch_sizes))
+        whole = {name: _network_benchmark(name, compiled[name], row) for name in compiled}
+        program = trace(original, images)
+        not_timed |= program.left_out
+        times = _times_of_layers(program, accelerated, batch_size, progress)
+        layers = [
+            LayerBenchmark(
+                path=path,
+                decomposition=_planned(plan, path).decomposition,
+                ranks=_planned(plan, path).ranks,
+                macs_original=_macs_inside(macs_original, path),
+                macs_accelerated=_macs_inside(macs_accelerated, path),
+                original_ms=before,
+                accelerated_ms=after,
+                original_share=before / row["original_ms"],
+                accelerated_share=after / row["accelerated_ms"],
+            )
+            for path, (before, after) in times.items()
+        ]
+        flops, flops_left = (whole[name].xla_flops for name in ("original", "accelerated"))
+        batches.append(
+            BatchBenchmark(
+                batch_size=batch_size,
+                runs=int(row["runs"]),
+                original=whole["original"],
+                accelerated=whole["accelerated"],
+                macs_speedup=macs["speedup"],
+                xla_speedup=flops / flops_left if flops and flops_left else None,
+                measured_speedup=row["speedup"],
+                measured_over_macs=row["speedup"] / macs["speedup"],
+                layers=tuple(layers),
+            )
+        )
+    result = Benchmark(
+        model=spec.name,
+        device=device_name(),
+        versions=versions(),
+        command=command,
+        dtype=dtype.name,
+        image_shape=shape,
+        macs=macs,
+        batches=tuple(batches),
+        not_timed=not_timed,
+    )
+    partial = out.with_name(f"{out.name}.partial")
+    partial.write_text(result.to_json())
+    partial.rename(out)
+    return result
+
+
+def xla_flops(compiled: jax.stages.Compiled) -> float | None:
+    """Floating-point operations of a program by XLA's cost analysis, None where it does not tell.
+
+    A multiply-accumulate is two of them.
+    """
+    flops = (compiled.cost_analysis() or {}).get("flops")
+    # For what it does not know, such as a call of foreign code, XLA says -1.
+    return float(flops) if flops is not None and flops > 0 else None
+
+
+def _check_measurement(name: str, batch_sizes: Sequence[int], repeats: int, seconds: float) -> None:
+    if not batch_sizes or min(batch_sizes) < 1 or repeats < LEAST_REPEATS or not seconds > 0:
         raise ValueError(
-            f"latency needs batch sizes of 1 or more, {LEAST_REPEATS} repeats or more and a time"
+            f"{name} needs batch sizes of 1 or more, {LEAST_REPEATS} repeats or more and a time"
             f" above 0, found {tuple(batch_sizes)}, {repeats} and {seconds}"
         )
-    networks = {
+
+
+def _image_shape(folder: Path, given: Sequence[int] | None) -> tuple[int, ...]:
+    """Shape of one image: what was given, or what the report of a run says."""
+    source = "--image-size"
+    if given is None:
+        report = folder / "report.json"
+        source = f"{report}: image_shape"
+        try:
+            given = json.loads(report.read_text())["settings"].get("image_shape")
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{report} is no report of a run: {error!r}") from error
+    if given is None:
+        raise ValueError(
+            f"{folder / 'report.json'} does not say which shape its images had; give it"
+            " (--image-size HEIGHT WIDTH CHANNELS)"
+        )
+    listed = isinstance(given, list | tuple) and len(given) > 0
+    if not listed or not all(isinstance(size, int) and size >= 1 for size in given):
+        raise ValueError(f"{source} is height, width and channels, 1 or more each, found {given}")
+    return tuple(given)
+
+
+def _times_of_layers(
+    program: Program, accelerated: nnx.Module, batch_size: int, progress: Progress
+) -> dict[str, tuple[float, float]]:
+    """Milliseconds of each convolution of the original and of what stands in its place, by path.
+
+    A convolution that was left as it was is timed once: a difference would be noise.
+    """
+    chains = dict(named_layers(accelerated, (FactorizedConv,)))
+    progress.begin(f"timing layers at batch {batch_size}", len(program.calls))
+    times: dict[str, tuple[float, float]] = {}
+    for call in program.calls:
+        given = specification(call.input)
+        layers = [call.layer, *([chains[call.path]] if call.path in chains else [])]
+        seconds = [
+            layer_seconds(layer, given.shape, given.dtype, call.activation) for layer in layers
+        ]
+        times[call.path] = (1000 * seconds[0], 1000 * seconds[-1])
+        progress.advance(1)
+    return times
+
+
+def _planned(plan: AccelerationPlan, path: str) -> LayerPlan:
+    """What the plan makes of a layer; those that it does not name stay as they are."""
+    return next((layer for layer in plan.layers if layer.path == path), LayerPlan(path))
+
+
+def _macs_inside(macs: Mapping[str, int], path: str) -> int:
+    return sum(n for at, n in macs.items() if at == path or at.startswith(f"{path}/"))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Compiled:
+    """A network compiled for one shape of batches.
+
+    Attributes:
+        program: What XLA made of it.
+        run: Runs it on a batch, and returns when the outputs are there.
+        seconds: Time to trace and to compile it.
+    """
+
+    program: jax.stages.Compiled
+    run: Callable[[], Any]
+    seconds: float
+
+
+def _forward_functions(
+    original: nnx.Module, accelerated: nnx.Module
+) -> dict[str, tuple[Forward, nnx.State]]:
+    return {
         "original": forward_function(original),
         "accelerated": forward_function(accelerated),
     }
-    table: dict[str, dict[str, float]] = {}
-    for batch_size in batch_sizes:
-        shape = (batch_size, *image_shape)
-        images = jax.device_put(np.random.default_rng(0).standard_normal(shape, np.float32))
-        runs = {name: _compiled(*network, images) for name, network in networks.items()}
-        milliseconds = _interleaved(runs, repeats, seconds / len(batch_sizes))
-        row: dict[str, float] = {}
-        for name, times in milliseconds.items():
-            low, median, high = np.percentile(times, [25, 50, 75])
-            row[f"{name}_ms"] = float(median)
-            row[f"{name}_spread_ms"] = float(high - low)
-        row["speedup"] = row["original_ms"] / row["accelerated_ms"]
-        row["runs"] = len(milliseconds["original"])
-        table[str(batch_size)] = row
-    return table
 
 
 def _compiled(
-    forward: Callable[[Any, Any], Any], state: nnx.State, images: jax.Array
-) -> Callable[[], Any]:
-    """A compiled run of the network, which returns when the outputs are there."""
-    compiled = jax.jit(forward).lower(state, images).compile()
-    return lambda: jax.block_until_ready(compiled(state, images))
+    networks: Mapping[str, tuple[Forward, nnx.State]], shape: tuple[int, ...]
+) -> dict[str, _Compiled]:
+    """The networks compiled for batches of a shape, ``[batch, height, width, channels]``."""
+    images = jax.device_put(np.random.default_rng(0).standard_normal(shape, np.float32))
+
+    def compiled(forward: Forward, state: nnx.State) -> _Compiled:
+        start = time.perf_counter()
+        program = jax.jit(forward).lower(state, images).compile()
+        seconds = time.perf_counter() - start
+        return _Compiled(program, lambda: jax.block_until_ready(program(state, images)), seconds)
+
+    return {name: compiled(*network) for name, network in networks.items()}
+
+
+def _timed(compiled: Mapping[str, _Compiled], repeats: int, seconds: float) -> dict[str, float]:
+    """A row of ``latency``."""
+    runs = {name: network.run for name, network in compiled.items()}
+    milliseconds = _interleaved(runs, repeats, seconds)
+    row: dict[str, float] = {}
+    for name, times in milliseconds.items():
+        low, median, high = np.percentile(times, [25, 50, 75])
+        row[f"{name}_ms"] = float(median)
+        row[f"{name}_spread_ms"] = float(high - low)
+    row["speedup"] = row["original_ms"] / row["accelerated_ms"]
+    row["runs"] = len(milliseconds["original"])
+    return row
+
+
+def _network_benchmark(
+    name: str, compiled: _Compiled, row: Mapping[str, float]
+) -> NetworkBenchmark:
+    memory = compiled.program.memory_analysis()
+    return NetworkBenchmark(
+        median_ms=row[f"{name}_ms"],
+        interquartile_range_ms=row[f"{name}_spread_ms"],
+        compile_seconds=compiled.seconds,
+        xla_flops=xla_flops(compiled.program),
+        xla_temporary_bytes=None if memory is None else int(memory.temp_size_in_bytes),
+    )
 
 
 def _interleaved(

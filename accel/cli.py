@@ -1,4 +1,4 @@
-"""The command line: ``accel run``, ``accel finetune``, ``accel table`` and ``accel convert``."""
+"""The command line: ``accel run``, ``finetune``, ``benchmark``, ``table`` and ``convert``."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import tyro
 from rich.console import Console
 
 from accel.batch_norm import find_foldable, fold_batch_norm
+from accel.benchmark import BENCHMARK_FILE, benchmark
 from accel.checkpoint import save_model
 from accel.configuration import load_config
 from accel.experiment import Experiment, run
@@ -22,7 +23,7 @@ from accel.finetuning_experiment import Finetuning, run_finetuning
 from accel.models import ModelSpec
 from accel.plan import AccelerationPlan
 from accel.progress import ConsoleProgress, LineProgress
-from accel.report.console import summary
+from accel.report.console import benchmark_summary, summary
 from accel.report.environment import command_text
 from accel.tables import Table, make_table
 from accel.tables.grid import VARIED, TableKind
@@ -31,20 +32,25 @@ from accel.weights import load
 USAGE = """\
 usage: accel run CONFIG [--out DIR] [--smoke] [--FIELD VALUE ...]
        accel finetune FOLDER CONFIG [--out DIR] [--smoke] [--FIELD VALUE ...]
+       accel benchmark FOLDER [--out FILE] [--batch-sizes N ...] [--seconds S]
+                       [--image-size HEIGHT WIDTH CHANNELS]
        accel table TABLE [CONFIG ...] [--out DIR] [--smoke] [--FIELD VALUE ...]
        accel convert FILE --model NAME --out DIR [--FIELD VALUE ...]
 
-run      carries out the experiment of a config file and writes its folder:
-         report.json, model/, log.txt
-finetune trains the network of such a folder on labelled images, as a config
-         file says, and writes a new folder
-table    measures a table of configs/paper/, of its own experiment (and
-         training) or of those in the config files that follow, and writes
-         or completes its folder: raw.jsonl, table.md
-convert  makes a model folder of a weight file (.safetensors, .pth, .h5, .onnx)
+run       carries out the experiment of a config file and writes its folder:
+          report.json, model/, log.txt
+finetune  trains the network of such a folder on labelled images, as a config
+          file says, and writes a new folder
+benchmark times the network of such a folder, and each of its layers, against
+          the original and writes benchmark.json into the folder; the original
+          is built with fresh weights, on whose values times do not depend
+table     measures a table of configs/paper/, of its own experiment (and
+          training) or of those in the config files that follow, and writes
+          or completes its folder: raw.jsonl, table.md
+convert   makes a model folder of a weight file (.safetensors, .pth, .h5, .onnx)
 
-accel run CONFIG --help, accel finetune FOLDER CONFIG --help, accel table
-TABLE --help and accel convert --help list the fields.
+accel run CONFIG --help, accel finetune FOLDER CONFIG --help, accel benchmark
+--help, accel table TABLE --help and accel convert --help list the fields.
 """
 
 
@@ -76,6 +82,30 @@ class Finetune:
     finetuning: Annotated[tyro.conf.AvoidSubcommands[Finetuning], tyro.conf.arg(name="")]
     out: Path | None = None
     smoke: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class MakeBenchmark:
+    """Times an accelerated network, and each of its layers, against the original.
+
+    The original network is built from what the folder says, with fresh weights: times do not depend
+    on their values.
+
+    Attributes:
+        folder: What accel run wrote.
+        out: The file to write; by default benchmark.json in the folder.
+        batch_sizes: Images per batch; each is measured by itself.
+        seconds: Time for all timed runs of the networks together; compilation and the single
+            layers come on top.
+        image_size: Height, width and channels of the images; by default those of the run, which
+            folders of earlier versions do not say.
+    """
+
+    folder: tyro.conf.Positional[Path]
+    out: Path | None = None
+    batch_sizes: tuple[int, ...] = (1, 8)
+    seconds: float = 30.0
+    image_size: tuple[int, ...] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,6 +154,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _run(Path(rest[0]), rest[1:])
         if command == "finetune" and len(rest) > 1 and not rest[1].startswith("-"):
             return _finetune(Path(rest[0]), Path(rest[1]), rest[2:])
+        if command == "benchmark":
+            return _benchmark(rest)
         if command == "table" and rest and not rest[0].startswith("-"):
             return _table(rest)
         if command == "convert":
@@ -166,6 +198,24 @@ def _finetune(folder: Path, config: Path, arguments: Sequence[str]) -> int:
     with ConsoleProgress() as progress:
         report = run_finetuning(finetuning, folder, out, progress)
     print(report.text())
+    print(f"results in {out}")
+    return 0
+
+
+def _benchmark(rest: Sequence[str]) -> int:
+    asked = tyro.cli(MakeBenchmark, args=rest, prog="accel benchmark")
+    out = asked.out or asked.folder / BENCHMARK_FILE
+    with ConsoleProgress() as progress:
+        found = benchmark(
+            asked.folder,
+            out,
+            command_text(["accel", "benchmark", *rest]),
+            image_shape=asked.image_size,
+            batch_sizes=asked.batch_sizes,
+            seconds=asked.seconds,
+            progress=progress,
+        )
+    Console().print(benchmark_summary(found))
     print(f"results in {out}")
     return 0
 

@@ -413,7 +413,12 @@ def run(experiment: Experiment, name: str, out: Path, progress: Progress) -> Res
         "total": end - start,
     }
     report = dataclasses.replace(
-        result.report, model=name, latency=times, metrics=metrics, seconds=seconds
+        result.report,
+        model=name,
+        settings={**result.report.settings, "image_shape": images.image_shape},
+        latency=times,
+        metrics=metrics,
+        seconds=seconds,
     )
     shutil.rmtree(partial / "model", ignore_errors=True)
     save_model(partial / "model", result.model, experiment.model, result.plan)

@@ -1,4 +1,7 @@
+import json
+import shutil
 import time
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -7,7 +10,22 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from accel.benchmark import _interleaved, latency
+import accel
+from accel.benchmark import _interleaved, latency, xla_flops
+from accel.cli import main
+from accel.plan import AccelerationPlan, LayerPlan
+from accel.rewrite import FactorizedConv, rewrite
+
+SIZE = 8
+PLAN = AccelerationPlan(
+    (
+        LayerPlan("conv1_1", reason="by rule"),
+        LayerPlan("conv1_2", "spatial", (10,)),
+        LayerPlan("conv2_1", "channel", (20,)),
+        *(LayerPlan(name, reason="by rule") for name in ("conv2_2", "conv3_1", "conv3_2")),
+        LayerPlan("conv3_3", "channel_input", (12,)),
+    )
+)
 
 
 class Products(nnx.Module):
@@ -76,3 +94,163 @@ def test_impossible_measurements_are_refused(options):
     model = Products(1)
     with pytest.raises(ValueError, match="latency needs batch sizes of 1 or more, 3 repeats"):
         latency(model, model, (16, 16, 1), **options)
+
+
+@pytest.fixture(scope="module")
+def accelerated_folder(tmp_path_factory):
+    """A folder as ``accel run`` writes it, of a network whose weights nobody fitted."""
+    folder = tmp_path_factory.mktemp("runs") / "out"
+    spec = accel.ModelSpec("small_vgg")
+    accel.save_model(folder / "model", rewrite(spec.build(), PLAN), spec, PLAN)
+    (folder / "report.json").write_text(json.dumps({"settings": {"image_shape": [SIZE, SIZE, 1]}}))
+    return folder
+
+
+@pytest.fixture
+def timed_layers(monkeypatch):
+    """Layers are not timed: one takes 2 ms, a chain 1 ms. What was asked for is in the list."""
+    asked = []
+
+    def seconds(layer, input_shape, dtype, activation):
+        chain = isinstance(layer, FactorizedConv)
+        asked.append((chain, input_shape, np.dtype(dtype).name, activation))
+        return 0.001 if chain else 0.002
+
+    monkeypatch.setattr("accel.benchmark.layer_seconds", seconds)
+    return asked
+
+
+def test_a_benchmark_holds_what_its_figures_come_from(accelerated_folder, timed_layers, capfd):
+    command = ["benchmark", str(accelerated_folder), "--batch-sizes", "1", "3", "--seconds", "0.2"]
+    assert main(command) == 0
+    file = accelerated_folder / "benchmark.json"
+    found = json.loads(file.read_text())
+    assert {path.name for path in accelerated_folder.iterdir()} == {
+        *("model", "report.json", "benchmark.json")
+    }
+    assert found["command"].startswith("accel benchmark out --batch-sizes 1 3")
+    assert (found["model"], found["dtype"], found["image_shape"]) == (
+        "small_vgg",
+        "float32",
+        [SIZE, SIZE, 1],
+    )
+    assert found["device"]
+    assert found["versions"]["jax"] == jax.__version__
+    assert found["not_timed"] == {}
+    assert [batch["batch_size"] for batch in found["batches"]] == [1, 3]
+    for batch in found["batches"]:
+        before, after = batch["original"], batch["accelerated"]
+        for times in (before, after):
+            assert min(times["median_ms"], times["compile_seconds"]) > 0
+            assert times["interquartile_range_ms"] >= 0
+            assert times["xla_temporary_bytes"] > 0
+        assert batch["runs"] >= 3
+        assert batch["measured_speedup"] == before["median_ms"] / after["median_ms"]
+        assert batch["macs_speedup"] == found["macs"]["speedup"]
+        assert batch["measured_over_macs"] == pytest.approx(
+            batch["measured_speedup"] / batch["macs_speedup"]
+        )
+        assert batch["xla_speedup"] == before["xla_flops"] / after["xla_flops"]
+        # Two operations a multiply-accumulate; our count has those on padding, XLA's has not.
+        macs = found["macs"]["original"] * batch["batch_size"]
+        assert 0.5 * 2 * macs < before["xla_flops"] < 1.1 * 2 * macs
+        for name in ("original", "accelerated"):
+            layers = batch["layers"]
+            assert sum(layer[f"macs_{name}"] for layer in layers) == found["macs"][name]
+            for layer in layers:
+                share = layer[f"{name}_ms"] / batch[name]["median_ms"]
+                assert layer[f"{name}_share"] == pytest.approx(share)
+        assert [
+            (layer["path"], layer["decomposition"], tuple(layer["ranks"])) for layer in layers
+        ] == [(layer.path, layer.decomposition, layer.ranks) for layer in PLAN.layers]
+        for layer in layers:
+            replaced = layer["decomposition"] is not None
+            assert layer["original_ms"] == 2.0
+            assert layer["accelerated_ms"] == (1.0 if replaced else 2.0)
+            assert (layer["macs_accelerated"] < layer["macs_original"]) == replaced
+    # In order of execution, a chain right after the layer that it stands in for.
+    assert timed_layers[:5] == [
+        (False, (1, SIZE, SIZE, 1), "float32", "relu"),
+        (False, (1, SIZE, SIZE, 64), "float32", "relu"),
+        (True, (1, SIZE, SIZE, 64), "float32", "relu"),
+        (False, (1, SIZE // 2, SIZE // 2, 64), "float32", "relu"),
+        (True, (1, SIZE // 2, SIZE // 2, 64), "float32", "relu"),
+    ]
+    assert timed_layers[10:12] == [
+        (False, (3, SIZE, SIZE, 1), "float32", "relu"),
+        (False, (3, SIZE, SIZE, 64), "float32", "relu"),
+    ]
+    assert "layers at batch 3" in capfd.readouterr().out
+
+    written = file.read_text()
+    assert main(command) == 1
+    assert f"{file} exists already; nothing is overwritten" in capfd.readouterr().err
+    assert file.read_text() == written
+
+
+def test_an_older_folder_needs_the_shape_of_its_images(
+    accelerated_folder, timed_layers, tmp_path, capfd
+):
+    folder, out = tmp_path / "older", tmp_path / "times.json"
+    shutil.copytree(accelerated_folder / "model", folder / "model")
+    (folder / "report.json").write_text(json.dumps({"settings": {}}))
+    command = ["benchmark", str(folder), "--out", str(out), "--batch-sizes", "2"]
+    command += ["--seconds", "0.1"]
+    assert main(command) == 1
+    assert "give it (--image-size HEIGHT WIDTH CHANNELS)" in capfd.readouterr().err
+    assert main([*command, "--image-size", "12", "8", "1"]) == 0
+    assert json.loads(out.read_text())["image_shape"] == [12, 8, 1]
+    assert timed_layers[0][1] == (2, 12, 8, 1)
+    assert not (folder / "benchmark.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--image-size", "8", "8", "3"], "VGG cannot be called with one image, of shape (1, 8, 8"),
+        (["--image-size", "8", "0", "1"], "1 or more each, found (8, 0, 1)"),
+        (["--batch-sizes", "1", "0"], "benchmark needs batch sizes of 1 or more"),
+        (["--seconds", "nan"], "and a time above 0, found (1, 8), 30 and nan"),
+        (["--out", "nowhere/times.json"], "nowhere is no folder to write times.json to"),
+    ],
+)
+def test_what_does_not_fit_is_told_before_anything_is_measured(
+    arguments, message, accelerated_folder, timed_layers, tmp_path, capfd
+):
+    out = ["--out", str(tmp_path / "times.json")]
+    assert main(["benchmark", str(accelerated_folder), *out, *arguments]) == 1
+    assert message in capfd.readouterr().err
+    assert not timed_layers
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("broken", "message"),
+    [
+        ({"model/model.json": None}, "is no model folder"),
+        ({"model/model.json": '{"format": 1, "model": null}'}, "how its original network is built"),
+        ({"model/plan.json": None}, "holds no accelerated network"),
+        ({"model/plan.json": "{}"}, "not an acceleration plan"),
+        ({"report.json": None}, "is no report of a run"),
+        ({"report.json": "[]"}, "is no report of a run"),
+        ({"report.json": '{"settings": {"image_shape": "8x8"}}'}, "1 or more each, found 8x8"),
+    ],
+)
+def test_folders_that_hold_something_else_are_refused(
+    broken, message, accelerated_folder, timed_layers, tmp_path, capfd
+):
+    folder = tmp_path / "folder"
+    shutil.copytree(accelerated_folder, folder)
+    for name, text in broken.items():
+        (folder / name).unlink() if text is None else (folder / name).write_text(text)
+    assert main(["benchmark", str(folder), "--out", str(tmp_path / "times.json")]) == 1
+    assert message in capfd.readouterr().err
+    assert not timed_layers
+
+
+def test_operations_that_xla_does_not_tell_are_none():
+    def told(analysis):
+        return xla_flops(SimpleNamespace(cost_analysis=lambda: analysis))
+
+    assert told({"flops": 12.0}) == 12.0
+    assert [told(analysis) for analysis in (None, {}, {"flops": -1.0})] == [None] * 3

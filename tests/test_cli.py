@@ -43,6 +43,7 @@ def test_the_quickstart_writes_its_folder(quickstart):
     report = json.loads((quickstart / "report.json").read_text())
     assert report.keys() >= REPORT_FIELDS
     assert report["macs"]["speedup"] >= 4.0
+    assert report["settings"]["image_shape"] == [28, 28, 1]
     assert report["seconds"].keys() >= {"calibrate", "solve", "evaluate", "total"}
     assert report["latency"]["1"].keys() >= {"original_ms", "accelerated_ms", "speedup"}
     assert report["metrics"]["top1"].keys() == {"original", "accelerated"}

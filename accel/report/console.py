@@ -1,11 +1,14 @@
-"""The closing table of a run, for a reader at a console."""
+"""The closing tables of a run and of a benchmark, for a reader at a console."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from accel.report.benchmark import BatchBenchmark, Benchmark
 from accel.report.report import Report
 
 
@@ -20,12 +23,7 @@ def summary(report: Report) -> RenderableType:
             ("all convolutions", "original", "accelerated"),
             ("all dense layers", "dense_original", "dense_accelerated"),
         ]
-    table = Table(title=title, expand=False)
-    table.add_column("layer")
-    table.add_column("chain")
-    table.add_column("ranks")
-    for column in ("MMACs before", "after", "response error"):
-        table.add_column(column, justify="right")
+    table = _table(title, ("layer", "chain", "ranks"), ("MMACs before", "after", "response error"))
     for layer in report.layers:
         table.add_row(
             layer.path,
@@ -58,3 +56,76 @@ def summary(report: Report) -> RenderableType:
         f" {report.memory['stated_peak_bytes'] / 2**30:.2f} GiB stated; on {report.device}",
     ]
     return Group(table, Text("\n".join(lines)))
+
+
+def benchmark_summary(benchmark: Benchmark) -> RenderableType:
+    """What both networks take, what was gained by each count, and where the time goes."""
+    networks = _table(
+        f"{benchmark.model}, images {'×'.join(map(str, benchmark.image_shape))} {benchmark.dtype}",
+        ("batch", "network"),
+        ("median ms", "IQR ms", "runs", "compile s", "XLA GFLOPs", "XLA MiB"),
+    )
+    speedups = _table("speedup", ("batch",), ("MACs", "XLA FLOPs", "measured", "measured / MACs"))
+    for batch in benchmark.batches:
+        for name, times in (("original", batch.original), ("accelerated", batch.accelerated)):
+            networks.add_row(
+                str(batch.batch_size),
+                name,
+                f"{times.median_ms:,.3f}",
+                f"{times.interquartile_range_ms:,.3f}",
+                str(batch.runs),
+                f"{times.compile_seconds:.2f}",
+                _or_untold(times.xla_flops, 1e-9, ",.3f"),
+                _or_untold(times.xla_temporary_bytes, 1 / 2**20, ",.2f"),
+            )
+        speedups.add_row(
+            str(batch.batch_size),
+            f"{batch.macs_speedup:.2f}×",
+            _or_untold(batch.xla_speedup, 1, ".2f", "×"),
+            f"{batch.measured_speedup:.2f}×",
+            f"{batch.measured_over_macs:.2f}",
+        )
+    lines = [
+        "IQR is the interquartile range of the runs. XLA FLOPs are those of a batch, by the"
+        " compiler's own cost analysis; XLA MiB is what it sets aside for intermediate results.",
+        "Layers are timed by themselves; the compiler works across them: shares need not add up.",
+        *(f"{path} was not timed: {reason}" for path, reason in benchmark.not_timed.items()),
+        f"on {benchmark.device}",
+    ]
+    layers = (_layer_table(batch) for batch in benchmark.batches)
+    return Group(networks, speedups, *layers, Text("\n".join(lines)))
+
+
+def _layer_table(batch: BatchBenchmark) -> Table:
+    table = _table(
+        f"layers at batch {batch.batch_size}",
+        ("layer", "chain and ranks"),
+        ("MMACs before", "after", "ms before", "after", "share before", "after"),
+    )
+    for layer in batch.layers:
+        table.add_row(
+            layer.path,
+            f"{layer.decomposition or 'dense'} {', '.join(map(str, layer.ranks))}".rstrip(),
+            f"{layer.macs_original / 1e6:,.1f}",
+            f"{layer.macs_accelerated / 1e6:,.1f}",
+            f"{layer.original_ms:,.3f}",
+            f"{layer.accelerated_ms:,.3f}",
+            f"{layer.original_share:.1%}",
+            f"{layer.accelerated_share:.1%}",
+        )
+    return table
+
+
+def _table(title: str, texts: Sequence[str], figures: Sequence[str]) -> Table:
+    """An empty table with columns of text, then columns of figures."""
+    table = Table(title=title, expand=False)
+    for column in texts:
+        table.add_column(column, overflow="fold")
+    for column in figures:
+        table.add_column(column, justify="right")
+    return table
+
+
+def _or_untold(figure: float | None, unit: float, form: str, sign: str = "") -> str:
+    """A figure in a unit, or a dash where the backend does not tell."""
+    return "–" if figure is None else f"{figure * unit:{form}}{sign}"

@@ -45,7 +45,8 @@ class Report:
         model: Name of the network.
         device: Where it ran.
         versions: Versions of the packages that matter.
-        settings: How it was asked for: speedup, solver, rank selection, seed, …
+        settings: How it was asked for: speedup, solver, rank selection, seed, …; of an experiment
+            also the shape of one image, ``image_shape``.
         macs: Multiply-accumulates of all convolutions per image: original, accelerated, speedup.
             Where dense layers had a budget, also theirs, apart: dense_original, dense_accelerated,
             dense_speedup.
