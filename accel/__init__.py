@@ -18,7 +18,14 @@ from accel.progress import ConsoleProgress, Progress
 from accel.reinitialize import reinitialized
 from accel.repair import Distillation, Refitted, distill, refit
 from accel.report.report import LayerReport, Report
-from accel.selection import measure_errors, measure_sensitivity, select_ranks
+from accel.selection import (
+    measure_errors,
+    measure_sensitivity,
+    select_by_parameters,
+    select_by_time,
+    select_ranks,
+    select_within_error,
+)
 
 __all__ = [
     "AccelerationPlan",
@@ -52,6 +59,9 @@ __all__ = [
     "refit",
     "reinitialized",
     "save_model",
+    "select_by_parameters",
+    "select_by_time",
     "select_for_latency",
     "select_ranks",
+    "select_within_error",
 ]

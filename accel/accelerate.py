@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import math
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -22,6 +23,7 @@ from flax import nnx
 from accel.calibration import ALL_KINDS, Calibration, calibrate, layer_kinds
 from accel.cost import count_conv_macs, count_dense_macs
 from accel.decompositions import DECOMPOSITIONS, Split, Weights
+from accel.files import write_whole
 from accel.images import ImageSource
 from accel.latency_budget import select_for_latency
 from accel.memory import peak_bytes, release_free_memory
@@ -39,7 +41,9 @@ from accel.selection import (
     check_rank_selection,
     measure_errors,
     measure_sensitivity,
+    select_by_parameters,
     select_ranks,
+    select_within_error,
 )
 from accel.sensitivity import Sensitivity
 from accel.solution import Solution, load_solution, save_solution
@@ -74,7 +78,10 @@ def accelerate(
     rules: Rules | None = None,
     dense_speedup: float | None = None,
     latency_speedup: float | None = None,
+    latency_ms: float | None = None,
     latency_batch: int = 1,
+    parameter_ratio: float | None = None,
+    allowed_error: float | None = None,
     positions_per_image: int = 10,
     batch_size: int = 16,
     cache_bytes: int | None = None,
@@ -108,8 +115,15 @@ def accelerate(
             wanted: a budget apart from that of the convolutions. None leaves dense layers alone.
         latency_speedup: A budget in time instead of ``speedup``: the original's measured time for
             a batch over that of the accelerated network, on the default device, which should have
-            nothing else to do (``accel.latency_budget``). Needs ``measured_error``.
-        latency_batch: Images per batch in that measurement.
+            nothing else to do (``accel.latency_budget``).
+        latency_ms: A budget in time instead of ``speedup``: the accelerated network's own, for a
+            batch, in milliseconds.
+        latency_batch: Images per batch in these measurements.
+        parameter_ratio: A budget in parameters instead of ``speedup``: those of all convolutions
+            now over those wanted.
+        allowed_error: Instead of ``speedup``, the largest relative squared error of the outputs, to
+            first order by the measured errors of single layers: the cheapest plan within it. Of
+            this and the budgets above one at most can be given; they need ``measured_error``.
         positions_per_image: Output positions sampled per image and layer.
         batch_size: Images per batch while calibrating.
         cache_bytes: Host memory for activations between layers; by default a quarter of what is
@@ -128,8 +142,14 @@ def accelerate(
         check_speedup("dense_speedup", dense_speedup)
     chosen_solver = solver_named(solver)
     _check_reconstruction(reconstruction, chosen_solver)
-    if latency_speedup is not None:
-        _check_latency(latency_speedup, latency_batch, rank_selection, dense_speedup)
+    budgets = {
+        "latency_speedup": latency_speedup,
+        "latency_ms": latency_ms,
+        "parameter_ratio": parameter_ratio,
+        "allowed_error": allowed_error,
+    }
+    given = {name: value for name, value in budgets.items() if value is not None}
+    _check_budgets(given, latency_batch, rank_selection, dense_speedup)
     calibration = calibrate(
         model,
         images,
@@ -149,17 +169,28 @@ def accelerate(
     if rank_selection == MEASURED_ERROR:
         curves = measure_errors(calibration, sensitivity, progress=progress)
     timed: dict[str, float] = {}
-    if latency_speedup is not None:
+    kept = None if resume is None else resume / "plan.json"
+    if kept is not None and kept.exists():
+        plan = AccelerationPlan.from_json(kept.read_text())
+    elif latency_speedup is not None or latency_ms is not None:
         found = select_for_latency(
             calibration,
             model,
             latency_speedup,
+            milliseconds=latency_ms,
             batch_size=latency_batch,
             curves=curves,
             rules=rules,
             progress=progress,
         )
         plan, timed = found.plan, found.figures()
+        if kept is not None:
+            # Timed once more, another plan would be chosen, and no solution would fit it.
+            write_whole(kept, plan.to_json())
+    elif parameter_ratio is not None and curves is not None:
+        plan = select_by_parameters(calibration, parameter_ratio, curves, rules=rules)
+    elif allowed_error is not None and curves is not None:
+        plan = select_within_error(calibration, allowed_error, curves, rules=rules)
     else:
         plan = select_ranks(
             calibration,
@@ -180,11 +211,8 @@ def accelerate(
         resume=resume,
         progress=progress,
     )
-    asked = (
-        {"speedup": speedup} if latency_speedup is None else {"latency_speedup": latency_speedup}
-    )
     settings = {
-        **asked,
+        **(given or {"speedup": speedup}),
         **({"planned_latency": timed} if timed else {}),
         "rank_selection": rank_selection,
         "rules": dict(rules or {}),
@@ -200,16 +228,28 @@ def accelerate(
     return dataclasses.replace(result, report=report)
 
 
-def _check_latency(
-    latency_speedup: float, batch_size: int, rank_selection: str, dense_speedup: float | None
+def _check_budgets(
+    given: Mapping[str, float],
+    latency_batch: int,
+    rank_selection: str,
+    dense_speedup: float | None,
 ) -> None:
-    check_speedup("latency_speedup", latency_speedup)
-    if batch_size < 1:
-        raise ValueError(f"latency_batch is 1 or more, found {batch_size}")
+    """Raises ValueError where the budgets given instead of ``speedup`` do not go together."""
+    if latency_batch < 1:
+        raise ValueError(f"latency_batch is 1 or more, found {latency_batch}")
+    if not given:
+        return
+    if len(given) > 1:
+        raise ValueError(f"one budget at most can be given, found {', '.join(given)}")
+    ((name, value),) = given.items()
+    if name in ("latency_speedup", "parameter_ratio"):
+        check_speedup(name, value)
+    elif not (value > 0 and math.isfinite(value)):
+        raise ValueError(f"{name} is a finite number above 0, found {value}")
     if rank_selection != MEASURED_ERROR:
-        raise ValueError(f"latency_speedup needs {MEASURED_ERROR}, found {rank_selection}")
+        raise ValueError(f"{name} needs {MEASURED_ERROR}, found {rank_selection}")
     if dense_speedup is not None:
-        raise ValueError("latency_speedup is a budget for all: dense_speedup cannot be given, too")
+        raise ValueError(f"{name} is a budget of convolutions: dense_speedup cannot be given, too")
 
 
 def solver_named(solver: str | Solver) -> Solver:

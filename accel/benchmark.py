@@ -21,6 +21,7 @@ from accel.checkpoint import load_model, saved_plan, saved_spec
 from accel.cost import count_conv_macs
 from accel.device_times import layer_seconds
 from accel.evaluation.forward import Forward, forward_function
+from accel.files import write_whole
 from accel.plan import AccelerationPlan, LayerPlan
 from accel.program import Program, named_layers, specification, trace
 from accel.progress import Progress
@@ -180,9 +181,7 @@ def benchmark(
         batches=tuple(batches),
         not_timed=not_timed,
     )
-    partial = out.with_name(f"{out.name}.partial")
-    partial.write_text(result.to_json())
-    partial.rename(out)
+    write_whole(out, result.to_json())
     return result
 
 

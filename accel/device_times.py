@@ -28,6 +28,7 @@ from jaxtyping import Float64
 
 from accel.decompositions import DECOMPOSITIONS, Decomposition
 from accel.error_curves import ErrorCurve
+from accel.files import write_whole
 from accel.plan import LayerPlan
 from accel.program import LayerCall, specification
 from accel.progress import Progress
@@ -154,10 +155,7 @@ class TimeCache:
 
     def save(self) -> None:
         """Writes the file, whole or not at all."""
-        self.file.parent.mkdir(parents=True, exist_ok=True)
-        partial_file = self.file.with_name(f"{self.file.name}.partial-{os.getpid()}")
-        partial_file.write_text(json.dumps(self.content, indent=1) + "\n")
-        partial_file.replace(self.file)
+        write_whole(self.file, json.dumps(self.content, indent=1) + "\n")
 
 
 def _text(layer: nnx.Module) -> str:

@@ -217,8 +217,8 @@ class Experiment:
         rank_selection: Name of the rank selection.
         rules: Layers by path pattern: ``dense``, or a rank.
         dense_speedup: Speedup of the dense layers, in their own MACs; None leaves them alone.
-        latency_speedup: Measured speedup to plan for, in place of ``speedup``; None for none.
-        latency_batch: Images per batch that it is measured with.
+        latency_speedup, latency_ms, latency_batch, parameter_ratio, allowed_error: Other budgets,
+            one at most, in place of ``speedup``.
         positions_per_image: Sampled output positions per image and layer.
         batch_size: Images per batch in calibration and evaluation.
         seed: Seed of all that is drawn.
@@ -245,7 +245,10 @@ class Experiment:
     rules: Rules = dataclasses.field(default_factory=dict)
     dense_speedup: float | None = None
     latency_speedup: float | None = None
+    latency_ms: float | None = None
     latency_batch: int = 1
+    parameter_ratio: float | None = None
+    allowed_error: float | None = None
     positions_per_image: int = 10
     batch_size: int = 16
     seed: int = 0
@@ -258,7 +261,9 @@ class Experiment:
     def smoke(self) -> Experiment:
         """The same experiment, cut down to well under a minute: its figures mean nothing.
 
-        One kind of chain, its ranks chosen by energies where errors would be measured.
+        One kind of chain, its ranks chosen by energies where errors would be measured, by
+        ``speedup`` whatever the budget: so little time says nothing of times, nor so few images of
+        errors.
         """
         by_errors = self.rank_selection == MEASURED_ERROR
         return dataclasses.replace(
@@ -271,6 +276,10 @@ class Experiment:
             distillation=self.distillation and dataclasses.replace(self.distillation, epochs=1),
             latency_seconds=2.0,
             latency_batches=(1,),
+            latency_speedup=None,
+            latency_ms=None,
+            parameter_ratio=None,
+            allowed_error=None,
         )
 
     def load_model(self) -> nnx.Module:
@@ -314,7 +323,10 @@ class Experiment:
             rules=self.rules,
             dense_speedup=self.dense_speedup,
             latency_speedup=self.latency_speedup,
+            latency_ms=self.latency_ms,
             latency_batch=self.latency_batch,
+            parameter_ratio=self.parameter_ratio,
+            allowed_error=self.allowed_error,
             positions_per_image=self.positions_per_image,
             batch_size=self.batch_size,
             seed=self.seed,

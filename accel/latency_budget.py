@@ -60,8 +60,9 @@ class TimedPlan:
 def select_for_latency(
     calibration: Calibration,
     original: nnx.Module,
-    speedup: float,
+    speedup: float | None = None,
     *,
+    milliseconds: float | None = None,
     batch_size: int = 1,
     curves: Mapping[str, ErrorCurve] | None = None,
     times: Mapping[str, LayerTimes] | None = None,
@@ -70,12 +71,13 @@ def select_for_latency(
     cache: Path | None = None,
     progress: Progress | None = None,
 ) -> TimedPlan:
-    """Chooses what becomes of each convolution so that the network runs ``speedup`` times faster.
+    """Chooses what becomes of each convolution so that the network runs as fast as asked for.
 
     Args:
         calibration: From ``calibrate``.
         original: The network that is the measure, as it was given to ``calibrate``.
         speedup: Its time for a batch over that of the accelerated network, on the default device.
+        milliseconds: The time for a batch, instead of ``speedup``; the original is timed first.
         batch_size: Images per batch.
         curves: From ``measure_errors``, which is called where they are not given.
         times: From ``measure_times`` for this batch size, which is called where they are not given.
@@ -86,8 +88,24 @@ def select_for_latency(
 
     Raises:
         ValueError: If no plan is within 5 % of the speedup; the message says the largest one that
-            was measured.
+            was measured. If the original does not take longer than ``milliseconds``, or not one of
+            both is given.
     """
+    if (speedup is None) == (milliseconds is None):
+        raise ValueError(
+            f"either a speedup or milliseconds are asked for, found {speedup} and {milliseconds}"
+        )
+    if speedup is None:
+        image_shape = specification(calibration.program.images).shape[1:]
+        (row,) = latency(
+            original, original, image_shape, batch_sizes=(batch_size,), repeats=200, seconds=seconds
+        ).values()
+        speedup = row["original_ms"] / milliseconds
+        if speedup <= 1:
+            raise ValueError(
+                f"latency_ms of {milliseconds:g}: the original takes {row['original_ms']:.3g} ms"
+                f" at batch {batch_size} already"
+            )
     check_speedup("latency_speedup", speedup)
     progress = progress or Progress()
     curves = measure_errors(calibration, progress=progress) if curves is None else curves

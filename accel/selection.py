@@ -7,19 +7,21 @@ one kind. Dense layers have a budget of their own.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 
+import jax
 import numpy as np
 from flax import nnx
 
 from accel import error_curves
 from accel.calibration import Calibration
-from accel.decompositions import Decomposition
+from accel.decompositions import DECOMPOSITIONS, Decomposition
 from accel.device_times import LayerTimes
 from accel.error_curves import ErrorCurve, rank_macs
 from accel.images import images_at, spread
 from accel.plan import AccelerationPlan, LayerPlan
-from accel.program import LayerCall
+from accel.program import LayerCall, named_layers
 from accel.progress import Progress
 from accel.rank_selection import (
     RANK_SELECTION,
@@ -159,21 +161,135 @@ def select_by_time(
     Raises:
         ValueError: If that cannot be reached.
     """
-    fixed = apply_rules(calibration.widths, rules or {})
-    calls, _ = _of_kind(calibration, dense=False)
-    layers = [
-        LayerErrors(
-            path=call.path,
-            candidates=curves[call.path].candidates,
-            costs=np.rint(NANOSECONDS * times[call.path].chains).astype(np.int64),
-            errors=curves[call.path].errors,
-            dense_cost=round(NANOSECONDS * times[call.path].dense),
-            fixed=fixed[call.path],
-        )
-        for call in calls
-    ]
+
+    def costs(call: LayerCall) -> tuple[np.ndarray, int]:
+        time = times[call.path]
+        return np.rint(NANOSECONDS * time.chains).astype(np.int64), round(NANOSECONDS * time.dense)
+
+    layers = _layer_errors(calibration, curves, rules or {}, costs)
     chosen = measured_error(layers, 0, int(NANOSECONDS * seconds), "ns per batch")
     return _plan(calibration, chosen, rules or {})
+
+
+def select_by_parameters(
+    calibration: Calibration,
+    ratio: float,
+    curves: Mapping[str, ErrorCurve],
+    *,
+    rules: Rules | None = None,
+) -> AccelerationPlan:
+    """Chooses what becomes of each convolution so that all have ``ratio`` times fewer parameters.
+
+    Args:
+        calibration: From ``calibrate``.
+        ratio: Kernels' and biases' parameters of all convolutions now over those wanted.
+        curves: From ``measure_errors``.
+        rules: As in ``accelerate``.
+
+    Raises:
+        ValueError: If that cannot be reached.
+    """
+    check_speedup("parameter_ratio", ratio)
+
+    def costs(call: LayerCall) -> tuple[np.ndarray, int]:
+        chains = [
+            sum(
+                factor.macs(1) + factor.use_bias * factor.out_channels
+                for factor in DECOMPOSITIONS[candidate.decomposition].factors(
+                    call.layer, *candidate.ranks
+                )
+            )
+            for candidate in curves[call.path].candidates
+        ]
+        return np.array(chains, np.int64), _parameters(call.layer)
+
+    layers = _layer_errors(calibration, curves, rules or {}, costs)
+    total = sum(_parameters(layer) for _, layer in named_layers(calibration.model, (nnx.Conv,)))
+    other = total - sum(layer.dense_cost for layer in layers)
+    chosen = measured_error(layers, other, budget_from_speedup(total, ratio), "parameters")
+    return _plan(calibration, chosen, rules or {})
+
+
+def _parameters(layer: nnx.Conv) -> int:
+    return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(layer, nnx.Param)))
+
+
+def select_within_error(
+    calibration: Calibration,
+    allowed_error: float,
+    curves: Mapping[str, ErrorCurve],
+    *,
+    rules: Rules | None = None,
+) -> AccelerationPlan:
+    """The plan of fewest MACs whose measured errors add up to no more than ``allowed_error``.
+
+    To first order that is the relative squared error of the network's outputs; errors that grow in
+    the layers after them are not in it.
+
+    Args:
+        calibration: From ``calibrate``.
+        allowed_error: The largest sum of the errors of ``curves``.
+        curves: From ``measure_errors``.
+        rules: As in ``accelerate``.
+
+    Raises:
+        ValueError: If no plan is that good; only rules that fix ranks can bring that about.
+    """
+
+    def costs(call: LayerCall) -> tuple[np.ndarray, int]:
+        return curves[call.path].macs, calibration.macs[call.path]
+
+    layers = _layer_errors(calibration, curves, rules or {}, costs)
+
+    def best(budget: int) -> tuple[float, dict[str, Candidate | None]]:
+        chosen = measured_error(layers, 0, budget)
+        errors = (
+            layer.errors[layer.candidates.index(candidate)]
+            for layer in layers
+            if (candidate := chosen[layer.path]) is not None
+        )
+        return math.fsum(errors), chosen
+
+    # The least error falls with the budget, so that bisection finds the cheapest one.
+    high = sum(layer.dense_cost for layer in layers)
+    least, chosen = best(high)
+    if least > allowed_error:
+        raise ValueError(
+            f"an allowed_error of {allowed_error:g} cannot be kept: with the ranks that rules fix,"
+            f" {least:.4g} is the least"
+        )
+    low = 0
+    while high - low > 1:
+        middle = (low + high) // 2
+        try:
+            error, found = best(middle)
+        except ValueError:
+            low = middle
+            continue
+        if error <= allowed_error:
+            high, chosen = middle, found
+        else:
+            low = middle
+    return _plan(calibration, chosen, rules or {})
+
+
+def _layer_errors(
+    calibration: Calibration,
+    curves: Mapping[str, ErrorCurve],
+    rules: Rules,
+    costs: Callable[[LayerCall], tuple[np.ndarray, int]],
+) -> list[LayerErrors]:
+    """The convolutions to choose for; ``costs`` gives those of its chains and its own."""
+    fixed = apply_rules(calibration.widths, rules)
+    calls, _ = _of_kind(calibration, dense=False)
+    layers = []
+    for call in calls:
+        chains, dense = costs(call)
+        curve = curves[call.path]
+        layers.append(
+            LayerErrors(call.path, curve.candidates, chains, curve.errors, dense, fixed[call.path])
+        )
+    return layers
 
 
 def _plan(

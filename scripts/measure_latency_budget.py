@@ -29,12 +29,12 @@ from accel.configuration import load_config
 from accel.device_times import LayerTimes, measure_times
 from accel.error_curves import ErrorCurve
 from accel.experiment import Experiment
+from accel.files import write_whole
 from accel.latency_budget import TimedPlan, select_for_latency, time_plan
 from accel.plan import AccelerationPlan
 from accel.progress import LineProgress
 from accel.report.environment import command_line, device_name, versions
 from accel.selection import measure_errors, measure_sensitivity, select_by_time, select_ranks
-from accel.tables.grid import write_whole
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,7 +20,10 @@ from accel import (
 from accel.device_times import LayerTimes, TimeCache, _layer_times, layer_seconds
 from accel.latency_budget import select_for_latency, time_plan
 from accel.plan import LayerPlan
-from accel.selection import select_by_time
+from accel.program import named_layers
+from accel.rank_selection import Candidate
+from accel.rewrite import rewrite
+from accel.selection import select_by_parameters, select_by_time, select_within_error
 
 KINDS = ("channel", "spatial", "tucker2")
 IMAGES = networks.images(40)
@@ -158,6 +161,62 @@ def test_the_speedup_asked_for_is_found_though_times_do_not_add_up(measured, mon
         select_for_latency(calibration, model, 60.0, curves=curves, times=times)
 
 
+def test_milliseconds_that_the_original_needs_not_are_refused(measured):
+    model, calibration, curves = measured
+    with pytest.raises(ValueError, match=r"latency_ms of 1e\+06: the original takes .* at batch 1"):
+        select_for_latency(calibration, model, milliseconds=1e6, curves=curves, seconds=0.1)
+    with pytest.raises(ValueError, match="either a speedup or milliseconds"):
+        select_for_latency(calibration, model, curves=curves)
+
+
+@pytest.mark.parametrize("ratio", [2.0, 3.0])
+def test_parameters_fit_their_budget(measured, ratio):
+    _, calibration, curves = measured
+
+    def parameters(network):
+        return sum(
+            leaf.size
+            for _, layer in named_layers(network, (nnx.Conv,))
+            for leaf in jax.tree.leaves(nnx.state(layer, nnx.Param))
+        )
+
+    plan = select_by_parameters(calibration, ratio, curves)
+    accelerated = rewrite(calibration.model, plan)
+    # The budget is used, but for less than the step of one rank.
+    assert 0.9 * ratio < parameters(calibration.model) / parameters(accelerated)
+    assert parameters(accelerated) <= parameters(calibration.model) / ratio
+
+
+@pytest.mark.parametrize("allowed", [1e-3, 1e-2, 1e-1])
+def test_the_cheapest_plan_within_an_error_is_found(measured, allowed):
+    """No plan within the budget of one that is a thousandth cheaper has so small an error."""
+    _, calibration, curves = measured
+
+    def told(plan):
+        error, macs = 0.0, sum(calibration.macs.values())
+        for layer in plan.layers:
+            if layer.decomposition is None:
+                continue
+            curve = curves[layer.path]
+            index = curve.candidates.index(Candidate(layer.decomposition, layer.ranks))
+            error += curve.errors[index]
+            macs += int(curve.macs[index]) - calibration.macs[layer.path]
+        return error, macs
+
+    error, macs = told(select_within_error(calibration, allowed, curves))
+    assert error <= allowed
+    total = sum(calibration.macs.values())
+    cheaper = select_ranks(calibration, 1.001 * total / macs, curves=curves)
+    assert told(cheaper)[0] > allowed
+
+
+def test_no_plan_within_an_error_is_told(measured):
+    _, calibration, curves = measured
+    path = calibration.calls[1].path
+    with pytest.raises(ValueError, match=r"allowed_error of 1e-12 cannot be kept: .* is the least"):
+        select_within_error(calibration, 1e-12, curves, rules={path: 1})
+
+
 def test_layers_and_networks_are_timed_here(measured, tmp_path):
     model, calibration, curves = measured
     times = measure_times(calibration.calls, curves, 2, cache=tmp_path)
@@ -185,6 +244,13 @@ def test_layers_and_networks_are_timed_here(measured, tmp_path):
             "latency_speedup needs measured_error, found exact_energy",
         ),
         ({"latency_speedup": 2.0, "dense_speedup": 2.0}, "dense_speedup cannot be given"),
+        ({"latency_ms": 0.0}, "latency_ms is a finite number above 0, found 0.0"),
+        ({"parameter_ratio": 0.5}, "parameter_ratio must be a finite number above 1"),
+        ({"allowed_error": float("nan")}, "allowed_error is a finite number above 0, found nan"),
+        (
+            {"latency_ms": 2.0, "allowed_error": 0.1},
+            "one budget at most can be given, found latency_ms, allowed_error",
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused_before_long_work(options, text):

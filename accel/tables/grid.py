@@ -33,6 +33,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from accel.calibration import Calibration, calibrate
 from accel.data import PixelSource
 from accel.experiment import Experiment
+from accel.files import write_whole
 from accel.finetuning_experiment import Finetuning
 from accel.progress import Progress
 from accel.report.environment import device_name, versions
@@ -44,8 +45,8 @@ TableKind = TypeVar("TableKind", bound="Table")
 # What tables vary, or say themselves; the experiment's own values are not looked at.
 VARIED = (
     *("speedup", "decompositions", "reconstruction", "solver", "asymmetric"),
-    *("rank_selection", "dense_speedup", "latency_speedup", "latency_batch"),
-    *("seed", "second_sweep", "distillation"),
+    *("rank_selection", "dense_speedup", "latency_speedup", "latency_ms", "latency_batch"),
+    *("parameter_ratio", "allowed_error", "seed", "second_sweep", "distillation"),
 )
 
 
@@ -372,13 +373,6 @@ def _record_environment(file: Path, command: str) -> int:
         environments.append(environment)
         write_whole(file, json.dumps(environments, indent=2) + "\n")
     return environments.index(environment)
-
-
-def write_whole(file: Path, text: str) -> None:
-    """Writes a file, whole or not at all."""
-    partial = file.with_name(f"{file.name}.partial")
-    partial.write_text(text)
-    partial.replace(file)
 
 
 def _without_folders(value: Any) -> Any:

@@ -35,6 +35,7 @@ from accel.data import PixelSource
 from accel.error_curves import ErrorCurve
 from accel.evaluation.accuracy import output_classes
 from accel.evaluation.forward import forward_function, output_shape
+from accel.files import write_whole
 from accel.finetuning_experiment import Finetuning
 from accel.progress import Progress
 from accel.rank_selection import check_speedup
@@ -52,7 +53,6 @@ from accel.tables.grid import (
     metric_tables,
     pivot,
     seeds_text,
-    write_whole,
 )
 
 
