@@ -88,14 +88,15 @@ def select_for_latency(
 
     Raises:
         ValueError: If no plan is within 5 % of the speedup; the message says the largest one that
-            was measured. If the original does not take longer than ``milliseconds``, or not one of
-            both is given.
+            was measured. If the original does not take longer than ``milliseconds``, or both are
+            given, or neither.
     """
-    if (speedup is None) == (milliseconds is None):
+    if speedup is not None and milliseconds is not None:
         raise ValueError(
-            f"either a speedup or milliseconds are asked for, found {speedup} and {milliseconds}"
+            f"a speedup or milliseconds can be asked for, not both: found"
+            f" {speedup} and {milliseconds}"
         )
-    if speedup is None:
+    if milliseconds is not None:
         image_shape = specification(calibration.program.images).shape[1:]
         (row,) = latency(
             original, original, image_shape, batch_sizes=(batch_size,), repeats=200, seconds=seconds
@@ -106,6 +107,8 @@ def select_for_latency(
                 f"latency_ms of {milliseconds:g}: the original takes {row['original_ms']:.3g} ms"
                 f" at batch {batch_size} already"
             )
+    if speedup is None:
+        raise ValueError("neither a speedup nor milliseconds are asked for")
     check_speedup("latency_speedup", speedup)
     progress = progress or Progress()
     curves = measure_errors(calibration, progress=progress) if curves is None else curves

@@ -210,7 +210,7 @@ def select_by_parameters(
     return _plan(calibration, chosen, rules or {})
 
 
-def _parameters(layer: nnx.Conv) -> int:
+def _parameters(layer: nnx.Module) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(layer, nnx.Param)))
 
 

@@ -165,8 +165,10 @@ def test_milliseconds_that_the_original_needs_not_are_refused(measured):
     model, calibration, curves = measured
     with pytest.raises(ValueError, match=r"latency_ms of 1e\+06: the original takes .* at batch 1"):
         select_for_latency(calibration, model, milliseconds=1e6, curves=curves, seconds=0.1)
-    with pytest.raises(ValueError, match="either a speedup or milliseconds"):
+    with pytest.raises(ValueError, match="neither a speedup nor milliseconds"):
         select_for_latency(calibration, model, curves=curves)
+    with pytest.raises(ValueError, match=r"not both: found 2\.0 and 3\.0"):
+        select_for_latency(calibration, model, 2.0, milliseconds=3.0, curves=curves)
 
 
 @pytest.mark.parametrize("ratio", [2.0, 3.0])
