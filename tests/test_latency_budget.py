@@ -161,6 +161,28 @@ def test_the_speedup_asked_for_is_found_though_times_do_not_add_up(measured, mon
         select_for_latency(calibration, model, 60.0, curves=curves, times=times)
 
 
+@pytest.mark.parametrize("speedup", [1.6, 2.0])
+def test_a_speedup_is_found_where_times_jump(measured, monkeypatch, speedup):
+    """Planted: a network takes half as long again unless its second convolution is as it was."""
+    model, calibration, curves = measured
+    times = planted(calibration, curves)
+    second = calibration.calls[1].path
+    batch = jax.ShapeDtypeStruct((1, *IMAGES.shape[1:]), np.float32)
+    dense = count_conv_macs(model, batch)[second]
+
+    def latency(original, network, shape, *, batch_sizes, repeats, seconds):
+        macs = [count_conv_macs(m, batch) for m in (original, network)]
+        before, after = (
+            sum(found.values()) * (1 if found.get(second) == dense else 1.5) for found in macs
+        )
+        row = {"original_ms": before, "accelerated_ms": after, "speedup": before / after}
+        return {str(batch_sizes[0]): row}
+
+    monkeypatch.setattr(latency_budget, "latency", latency)
+    found = select_for_latency(calibration, model, speedup, curves=curves, times=times)
+    assert found.speedup >= 0.95 * speedup
+
+
 def test_milliseconds_that_the_original_needs_not_are_refused(measured):
     model, calibration, curves = measured
     with pytest.raises(ValueError, match=r"latency_ms of 1e\+06: the original takes .* at batch 1"):
@@ -258,3 +280,22 @@ def test_layers_and_networks_are_timed_here(measured, tmp_path):
 def test_what_does_not_fit_is_refused_before_long_work(options, text):
     with pytest.raises(ValueError, match=text):
         accelerate(networks.network("chain"), IMAGES, **options)
+
+
+def test_a_run_that_is_resumed_keeps_the_plan_that_was_timed(measured, tmp_path):
+    model, calibration, curves = measured
+    plan = select_ranks(calibration, 1.7, curves=curves)
+    (tmp_path / "plan.json").write_text(plan.to_json())
+    result = accelerate(model, IMAGES, decompositions=KINDS, latency_speedup=3.0, resume=tmp_path)
+    assert result.plan == plan
+
+
+def test_budgets_reach_the_selection(measured):
+    model, calibration, curves = measured
+    options = {"decompositions": KINDS, "reconstruction": "weights"}
+    result = accelerate(model, IMAGES, parameter_ratio=2.0, **options)
+    assert result.plan == select_by_parameters(calibration, 2.0, curves)
+    assert result.report.settings["parameter_ratio"] == 2.0
+    assert "speedup" not in result.report.settings
+    result = accelerate(model, IMAGES, allowed_error=0.01, **options)
+    assert result.plan == select_within_error(calibration, 0.01, curves)
