@@ -32,6 +32,8 @@ LIMIT = 0.05
 ROUNDS = 9
 # From this round on, plans are mixed of those tried before.
 MIXED = 4
+# What is left of a budget that gave a plan that was timed already, if none is faster than wanted.
+STEP = 0.97
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,9 +128,14 @@ def select_for_latency(
     for round_ in range(ROUNDS):
         budget = max(budget, lowest)
         plan = select_by_time(calibration, budget, times, curves, rules=rules)
-        if round_ >= MIXED or any(plan == earlier.plan for earlier in tried):
-            plan = _mixed(tried, times, 1000 * budget, 1 / speedup)
-        if plan is None:
+        mixed = None
+        if round_ >= MIXED or _tried(plan, tried):
+            mixed = _mixed(tried, times, 1000 * budget, 1 / speedup)
+        while mixed is None and _tried(plan, tried) and budget > lowest:
+            budget = max(STEP * budget, lowest)
+            plan = select_by_time(calibration, budget, times, curves, rules=rules)
+        plan = mixed or plan
+        if _tried(plan, tried):
             break
         timed = time_plan(calibration, original, plan, times, batch_size, seconds)
         progress.say(
@@ -150,6 +157,10 @@ def select_for_latency(
         f"a latency_speedup of {speedup:g} was not reached on this device at batch {batch_size}:"
         f" the best of {len(tried)} plans that were timed is {reached:.2f}×"
     )
+
+
+def _tried(plan: AccelerationPlan, tried: Sequence[TimedPlan]) -> bool:
+    return any(plan == earlier.plan for earlier in tried)
 
 
 def _mixed(
@@ -188,7 +199,7 @@ def _mixed(
         dataclasses.replace(faster.plan, layers=(*faster.plan.layers[:count], *before[count:]))
         for count in range(1, len(before))
     ]
-    new = [plan for plan in plans if all(plan != earlier.plan for earlier in tried)]
+    new = [plan for plan in plans if not _tried(plan, tried)]
     return min(new, key=lambda plan: abs(_sum_ms(plan, times) - layers_ms), default=None)
 
 
