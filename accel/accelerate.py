@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import math
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,12 +19,11 @@ import jax
 import numpy as np
 from flax import nnx
 
+from accel.budgets import Budget
 from accel.calibration import ALL_KINDS, Calibration, calibrate, layer_kinds
 from accel.cost import count_conv_macs, count_dense_macs
 from accel.decompositions import DECOMPOSITIONS, Split, Weights
-from accel.files import write_whole
 from accel.images import ImageSource
-from accel.latency_budget import select_for_latency
 from accel.memory import peak_bytes, release_free_memory
 from accel.plan import AccelerationPlan, LayerPlan
 from accel.program import LayerCall, named_layers, specification
@@ -41,9 +39,7 @@ from accel.selection import (
     check_rank_selection,
     measure_errors,
     measure_sensitivity,
-    select_by_parameters,
     select_ranks,
-    select_within_error,
 )
 from accel.sensitivity import Sensitivity
 from accel.solution import Solution, load_solution, save_solution
@@ -142,14 +138,8 @@ def accelerate(
         check_speedup("dense_speedup", dense_speedup)
     chosen_solver = solver_named(solver)
     _check_reconstruction(reconstruction, chosen_solver)
-    budgets = {
-        "latency_speedup": latency_speedup,
-        "latency_ms": latency_ms,
-        "parameter_ratio": parameter_ratio,
-        "allowed_error": allowed_error,
-    }
-    given = {name: value for name, value in budgets.items() if value is not None}
-    _check_budgets(given, latency_batch, rank_selection, dense_speedup)
+    budget = Budget(latency_speedup, latency_ms, parameter_ratio, allowed_error, latency_batch)
+    budget.check(rank_selection, dense_speedup)
     calibration = calibrate(
         model,
         images,
@@ -169,28 +159,10 @@ def accelerate(
     if rank_selection == MEASURED_ERROR:
         curves = measure_errors(calibration, sensitivity, progress=progress)
     timed: dict[str, float] = {}
-    kept = None if resume is None else resume / "plan.json"
-    if kept is not None and kept.exists():
-        plan = AccelerationPlan.from_json(kept.read_text())
-    elif latency_speedup is not None or latency_ms is not None:
-        found = select_for_latency(
-            calibration,
-            model,
-            latency_speedup,
-            milliseconds=latency_ms,
-            batch_size=latency_batch,
-            curves=curves,
-            rules=rules,
-            progress=progress,
+    if budget.given and curves is not None:
+        plan, timed = budget.select(
+            calibration, model, curves, rules=rules, resume=resume, progress=progress
         )
-        plan, timed = found.plan, found.figures()
-        if kept is not None:
-            # Timed once more, another plan would be chosen, and no solution would fit it.
-            write_whole(kept, plan.to_json())
-    elif parameter_ratio is not None and curves is not None:
-        plan = select_by_parameters(calibration, parameter_ratio, curves, rules=rules)
-    elif allowed_error is not None and curves is not None:
-        plan = select_within_error(calibration, allowed_error, curves, rules=rules)
     else:
         plan = select_ranks(
             calibration,
@@ -212,7 +184,7 @@ def accelerate(
         progress=progress,
     )
     settings = {
-        **(given or {"speedup": speedup}),
+        **(budget.given or {"speedup": speedup}),
         **({"planned_latency": timed} if timed else {}),
         "rank_selection": rank_selection,
         "rules": dict(rules or {}),
@@ -226,30 +198,6 @@ def accelerate(
         result.report, settings={**settings, **result.report.settings}, seconds=seconds
     )
     return dataclasses.replace(result, report=report)
-
-
-def _check_budgets(
-    given: Mapping[str, float],
-    latency_batch: int,
-    rank_selection: str,
-    dense_speedup: float | None,
-) -> None:
-    """Raises ValueError where the budgets given instead of ``speedup`` do not go together."""
-    if latency_batch < 1:
-        raise ValueError(f"latency_batch is 1 or more, found {latency_batch}")
-    if not given:
-        return
-    if len(given) > 1:
-        raise ValueError(f"one budget at most can be given, found {', '.join(given)}")
-    ((name, value),) = given.items()
-    if name in ("latency_speedup", "parameter_ratio"):
-        check_speedup(name, value)
-    elif not (value > 0 and math.isfinite(value)):
-        raise ValueError(f"{name} is a finite number above 0, found {value}")
-    if rank_selection != MEASURED_ERROR:
-        raise ValueError(f"{name} needs {MEASURED_ERROR}, found {rank_selection}")
-    if dense_speedup is not None:
-        raise ValueError(f"{name} is a budget of convolutions: dense_speedup cannot be given, too")
 
 
 def solver_named(solver: str | Solver) -> Solver:

@@ -9,6 +9,7 @@ not hang on the values of its weights.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -21,12 +22,13 @@ from accel.error_curves import ErrorCurve
 from accel.plan import AccelerationPlan
 from accel.program import specification
 from accel.progress import Progress
-from accel.rank_selection import Rules, check_speedup
+from accel.rank_selection import Candidate, Rules, check_speedup
 from accel.rewrite import rewrite
-from accel.selection import measure_errors, select_by_time
+from accel.selection import least_seconds, measure_errors, select_by_time
 
-# A plan is taken at once where its speedup is this close to the one asked for; after ROUNDS plans
-# the closest is, if it is within LIMIT.
+# The search ends where a speedup is this close to the one asked for. Of the plans that are not
+# slower than that, the one of the smallest error is taken; if there is none, the fastest, within
+# LIMIT.
 TOLERANCE = 0.015
 LIMIT = 0.05
 ROUNDS = 9
@@ -120,9 +122,9 @@ def select_for_latency(
     if times is None:
         times = measure_times(calls, curves, batch_size, cache=cache, progress=progress)
     dense = sum(times[call.path].dense for call in calls)
-    fastest = sum(min(times[call.path].dense, *times[call.path].chains.tolist()) for call in calls)
-    # A hair above the fastest of all, so that rounding to whole nanoseconds cannot refuse it.
-    lowest = fastest + 1e-9 * (len(calls) + 1)
+    lowest = least_seconds(calibration, times, curves, rules=rules)
+    # As slow as rules let it be: the layers as they are, but for those with a fixed rank.
+    untouched = select_by_time(calibration, max(2 * dense, lowest), times, curves, rules=rules)
     tried: list[TimedPlan] = []
     budget = dense / speedup
     for round_ in range(ROUNDS):
@@ -130,7 +132,7 @@ def select_for_latency(
         plan = select_by_time(calibration, budget, times, curves, rules=rules)
         mixed = None
         if round_ >= MIXED or _tried(plan, tried):
-            mixed = _mixed(tried, times, 1000 * budget, 1 / speedup)
+            mixed = _mixed(tried, untouched, times, 1000 * budget, 1 / speedup)
         while mixed is None and _tried(plan, tried) and budget > lowest:
             budget = max(STEP * budget, lowest)
             plan = select_by_time(calibration, budget, times, curves, rules=rules)
@@ -146,17 +148,28 @@ def select_for_latency(
         if abs(timed.speedup / speedup - 1) <= TOLERANCE:
             break
         budget = _next_budget(tried, 1000 * dense, 1 / speedup) / 1000
-    close = [timed for timed in tried if abs(timed.speedup / speedup - 1) <= LIMIT]
-    if close:
-        return min(close, key=lambda timed: abs(timed.speedup / speedup - 1))
-    # Faster than asked for is no failure where times jump from one plan to the next.
-    if faster := [timed for timed in tried if timed.speedup >= speedup]:
-        return min(faster, key=lambda timed: timed.speedup)
-    reached = max(timed.speedup for timed in tried)
+    fast_enough = [timed for timed in tried if timed.speedup >= (1 - TOLERANCE) * speedup]
+    if fast_enough:
+        # Not the closest: where times jump, a faster plan can have the smaller error.
+        return min(fast_enough, key=lambda timed: _error(timed.plan, curves))
+    best = max(tried, key=lambda timed: timed.speedup)
+    if best.speedup >= (1 - LIMIT) * speedup:
+        return best
     raise ValueError(
         f"a latency_speedup of {speedup:g} was not reached on this device at batch {batch_size}:"
-        f" the best of {len(tried)} plans that were timed is {reached:.2f}×"
+        f" the best of {len(tried)} plans that were timed is {best.speedup:.2f}×"
     )
+
+
+def _error(plan: AccelerationPlan, curves: Mapping[str, ErrorCurve]) -> float:
+    """The sum of the measured errors of a plan's chains."""
+    errors = []
+    for layer in plan.layers:
+        if layer.decomposition is not None and layer.path in curves:
+            curve = curves[layer.path]
+            index = curve.candidates.index(Candidate(layer.decomposition, layer.ranks))
+            errors.append(float(curve.errors[index]))
+    return math.fsum(errors)
 
 
 def _tried(plan: AccelerationPlan, tried: Sequence[TimedPlan]) -> bool:
@@ -164,40 +177,35 @@ def _tried(plan: AccelerationPlan, tried: Sequence[TimedPlan]) -> bool:
 
 
 def _mixed(
-    tried: Sequence[TimedPlan], times: Mapping[str, LayerTimes], layers_ms: float, wanted: float
+    tried: Sequence[TimedPlan],
+    untouched: AccelerationPlan,
+    times: Mapping[str, LayerTimes],
+    layers_ms: float,
+    wanted: float,
 ) -> AccelerationPlan | None:
     """A plan between the two that are next to the share ``wanted``, on either side.
 
     Where the compiler fuses one plan otherwise than the next, no plan in between follows from the
     sum of times. So the layers of the slower one are replaced by those of the faster, from the
-    first on, as many as bring the sum closest to ``layers_ms``; None where all of these plans have
-    been tried. The error of such a plan lies between those of the two.
+    first on, as many as bring the sum closest to ``layers_ms``. None where all of these plans have
+    been tried, or all that were tried are slower.
+
+    Args:
+        tried: The plans that were timed.
+        untouched: The slower one where all of them are faster.
+        times: From ``measure_times``.
+        layers_ms: The sum of layers' times to come close to.
+        wanted: Share of the original's time.
     """
-    slower = max(
-        (timed for timed in tried if 1 / timed.speedup > wanted),
-        key=lambda timed: timed.speedup,
-        default=None,
-    )
-    faster = min(
-        (timed for timed in tried if 1 / timed.speedup <= wanted),
-        key=lambda timed: timed.speedup,
-        default=None,
-    )
-    if faster is None:
+    slower = [timed for timed in tried if 1 / timed.speedup > wanted]
+    faster = [timed for timed in tried if 1 / timed.speedup <= wanted]
+    if not faster:
         return None
-    before = (
-        [
-            dataclasses.replace(layer, decomposition=None, ranks=(), reason="faster as it is")
-            if layer.path in times
-            else layer
-            for layer in faster.plan.layers
-        ]
-        if slower is None
-        else list(slower.plan.layers)
-    )
+    after = min(faster, key=lambda timed: timed.speedup).plan.layers
+    before = max(slower, key=lambda timed: timed.speedup).plan if slower else untouched
     plans = [
-        dataclasses.replace(faster.plan, layers=(*faster.plan.layers[:count], *before[count:]))
-        for count in range(1, len(before))
+        dataclasses.replace(before, layers=(*after[:count], *before.layers[count:]))
+        for count in range(1, len(after))
     ]
     new = [plan for plan in plans if not _tried(plan, tried)]
     return min(new, key=lambda plan: abs(_sum_ms(plan, times) - layers_ms), default=None)
@@ -216,15 +224,19 @@ def _next_budget(tried: Sequence[TimedPlan], dense_ms: float, wanted: float) -> 
     among them, that are next to the one wanted on either side; through the original and the fastest
     where all are slower, but no more than halving the sum in one step.
     """
-    points = sorted([(dense_ms, 1.0), *((plan.layers_ms, 1 / plan.speedup) for plan in tried)])
-    slower = min((p for p in points if p[1] > wanted), key=lambda p: p[1], default=points[-1])
+    points = [(dense_ms, 1.0), *((plan.layers_ms, 1 / plan.speedup) for plan in tried)]
+    # There is always a slower one: the original.
+    slower = min((p for p in points if p[1] > wanted), key=lambda p: p[1])
     faster = max((p for p in points if p[1] <= wanted), key=lambda p: p[1], default=None)
     if faster is not None:
         share = (wanted - faster[1]) / (slower[1] - faster[1])
         return faster[0] + share * (slower[0] - faster[0])
+    least = min(point[0] for point in points)
+    if slower[0] >= dense_ms:
+        # All plans are slower than the original: no line through it tells anything.
+        return least / 2
     gained = (1 - slower[1]) / (dense_ms - slower[0])
-    step = (slower[1] - wanted) / gained if gained > 0 else slower[0]
-    return slower[0] - min(step, slower[0] / 2)
+    return slower[0] - min((slower[1] - wanted) / gained, slower[0] / 2)
 
 
 def time_plan(

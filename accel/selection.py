@@ -33,6 +33,7 @@ from accel.rank_selection import (
     apply_rules,
     budget_from_speedup,
     check_speedup,
+    least_cost,
     measured_error,
 )
 from accel.sensitivity import Sensitivity, images_needed, sensitivity_matrices
@@ -162,13 +163,34 @@ def select_by_time(
         ValueError: If that cannot be reached.
     """
 
+    layers = _timed_layers(calibration, times, curves, rules or {})
+    chosen = measured_error(layers, 0, int(NANOSECONDS * seconds), "ns per batch")
+    return _plan(calibration, chosen, rules or {})
+
+
+def least_seconds(
+    calibration: Calibration,
+    times: Mapping[str, LayerTimes],
+    curves: Mapping[str, ErrorCurve],
+    *,
+    rules: Rules | None = None,
+) -> float:
+    """The least that ``select_by_time`` can be asked for; the arguments are the same."""
+    # Half a nanosecond more, so that rounding it cannot ask for less.
+    return (least_cost(_timed_layers(calibration, times, curves, rules or {})) + 0.5) / NANOSECONDS
+
+
+def _timed_layers(
+    calibration: Calibration,
+    times: Mapping[str, LayerTimes],
+    curves: Mapping[str, ErrorCurve],
+    rules: Rules,
+) -> list[LayerErrors]:
     def costs(call: LayerCall) -> tuple[np.ndarray, int]:
         time = times[call.path]
         return np.rint(NANOSECONDS * time.chains).astype(np.int64), round(NANOSECONDS * time.dense)
 
-    layers = _layer_errors(calibration, curves, rules or {}, costs)
-    chosen = measured_error(layers, 0, int(NANOSECONDS * seconds), "ns per batch")
-    return _plan(calibration, chosen, rules or {})
+    return _layer_errors(calibration, curves, rules, costs)
 
 
 def select_by_parameters(
@@ -236,10 +258,7 @@ def select_within_error(
         ValueError: If no plan is that good; only rules that fix ranks can bring that about.
     """
 
-    def costs(call: LayerCall) -> tuple[np.ndarray, int]:
-        return curves[call.path].macs, calibration.macs[call.path]
-
-    layers = _layer_errors(calibration, curves, rules or {}, costs)
+    layers = _layer_errors(calibration, curves, rules or {}, _macs_of(calibration, curves))
 
     def best(budget: int) -> tuple[float, dict[str, Candidate | None]]:
         chosen = measured_error(layers, 0, budget)
@@ -278,16 +297,23 @@ def _layer_errors(
     curves: Mapping[str, ErrorCurve],
     rules: Rules,
     costs: Callable[[LayerCall], tuple[np.ndarray, int]],
+    *,
+    dense: bool = False,
 ) -> list[LayerErrors]:
-    """The convolutions to choose for; ``costs`` gives those of its chains and its own."""
+    """The layers to choose for, convolutions or dense ones.
+
+    ``costs`` gives the costs of a layer's chains, and its own.
+    """
     fixed = apply_rules(calibration.widths, rules)
-    calls, _ = _of_kind(calibration, dense=False)
+    calls, _ = _of_kind(calibration, dense)
     layers = []
     for call in calls:
-        chains, dense = costs(call)
+        chains, dense_cost = costs(call)
         curve = curves[call.path]
         layers.append(
-            LayerErrors(call.path, curve.candidates, chains, curve.errors, dense, fixed[call.path])
+            LayerErrors(
+                call.path, curve.candidates, chains, curve.errors, dense_cost, fixed[call.path]
+            )
         )
     return layers
 
@@ -381,22 +407,18 @@ def _by_measured_error(
     rules: Rules,
     curves: Mapping[str, ErrorCurve],
 ) -> dict[str, Candidate | None]:
-    fixed = apply_rules(calibration.widths, rules)
-    calls, dense_macs = _of_kind(calibration, dense)
-    layers = [
-        LayerErrors(
-            path=call.path,
-            candidates=curves[call.path].candidates,
-            costs=curves[call.path].macs,
-            errors=curves[call.path].errors,
-            dense_cost=dense_macs[call.path],
-            fixed=fixed[call.path],
-        )
-        for call in calls
-    ]
-    total = sum(dense_macs.values())
+    layers = _layer_errors(calibration, curves, rules, _macs_of(calibration, curves), dense=dense)
+    total = sum(_of_kind(calibration, dense)[1].values())
     other = total - sum(layer.dense_cost for layer in layers)
     return measured_error(layers, other, budget_from_speedup(total, speedup))
+
+
+def _macs_of(
+    calibration: Calibration, curves: Mapping[str, ErrorCurve]
+) -> Callable[[LayerCall], tuple[np.ndarray, int]]:
+    """Costs in MACs per image, for ``_layer_errors``."""
+    macs = {**calibration.macs, **calibration.dense_macs}
+    return lambda call: (curves[call.path].macs, macs[call.path])
 
 
 def check_rank_selection(name: str, decompositions: Sequence[Decomposition]) -> None:

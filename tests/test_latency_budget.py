@@ -10,6 +10,7 @@ from flax import nnx
 
 from accel import (
     accelerate,
+    budgets,
     calibrate,
     count_conv_macs,
     latency_budget,
@@ -17,8 +18,15 @@ from accel import (
     measure_times,
     select_ranks,
 )
-from accel.device_times import LayerTimes, TimeCache, _layer_times, layer_seconds
-from accel.latency_budget import select_for_latency, time_plan
+from accel.budgets import Budget
+from accel.device_times import (
+    LayerTimes,
+    TimeCache,
+    _layer_times,
+    default_cache,
+    layer_seconds,
+)
+from accel.latency_budget import TimedPlan, select_for_latency, time_plan
 from accel.plan import LayerPlan
 from accel.program import named_layers
 from accel.rank_selection import Candidate
@@ -282,12 +290,71 @@ def test_what_does_not_fit_is_refused_before_long_work(options, text):
         accelerate(networks.network("chain"), IMAGES, **options)
 
 
-def test_a_run_that_is_resumed_keeps_the_plan_that_was_timed(measured, tmp_path):
+def test_a_run_that_is_resumed_keeps_the_plan_that_was_timed(measured, monkeypatch, tmp_path):
     model, calibration, curves = measured
-    plan = select_ranks(calibration, 1.7, curves=curves)
-    (tmp_path / "plan.json").write_text(plan.to_json())
-    result = accelerate(model, IMAGES, decompositions=KINDS, latency_speedup=3.0, resume=tmp_path)
-    assert result.plan == plan
+    timed = []
+
+    def select(calibration, original, speedup, *, milliseconds, **options):
+        timed.append(speedup)
+        plan = select_ranks(calibration, speedup, curves=curves)
+        return TimedPlan(plan, 1, 3.0, 2.0, 2.5, 1.5)
+
+    monkeypatch.setattr(budgets, "select_for_latency", select)
+    asked = Budget(latency_speedup=1.7)
+    first = asked.select(calibration, model, curves, resume=tmp_path)
+    assert asked.select(calibration, model, curves, resume=tmp_path) == first
+    assert first[1]["speedup"] == 1.5
+    assert timed == [1.7]
+    # Whatever the plan hangs on makes it another one.
+    other = Budget(latency_speedup=2.0).select(calibration, model, curves, resume=tmp_path)
+    assert other != first
+    path = calibration.calls[1].path
+    Budget(latency_speedup=2.0).select(
+        calibration, model, curves, rules={path: "dense"}, resume=tmp_path
+    )
+    assert timed == [1.7, 2.0, 2.0]
+
+
+def test_a_damaged_cache_is_told_before_long_work(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    TimeCache(default_cache()).file.parent.mkdir()
+    TimeCache(default_cache()).file.write_text("no times")
+    with pytest.raises(ValueError, match="holds no times of layers"):
+        accelerate(networks.network("chain"), IMAGES, latency_speedup=2.0)
+
+
+def test_chains_that_are_all_slower_end_in_an_answer(measured, monkeypatch):
+    model, calibration, curves = measured
+    times = planted(calibration, curves)
+
+    def latency(original, network, shape, *, batch_sizes, repeats, seconds):
+        row = {"original_ms": 1.0, "accelerated_ms": 2.0, "speedup": 0.5}
+        return {str(batch_sizes[0]): row}
+
+    monkeypatch.setattr(latency_budget, "latency", latency)
+    with pytest.raises(ValueError, match=r"the best of \d plans that were timed is 0\.50"):
+        select_for_latency(calibration, model, 2.0, curves=curves, times=times)
+
+
+def test_rules_hold_for_every_plan_that_is_timed(measured, monkeypatch):
+    """Planted: every plan is faster than asked for, so that it is mixed with the slowest one."""
+    model, calibration, curves = measured
+    times = planted(calibration, curves)
+    fixed, kept = calibration.calls[1].path, calibration.calls[2].path
+    seen = []
+
+    def plan_timed(calibration, original, plan, times, batch_size, seconds):
+        seen.append({layer.path: layer for layer in plan.layers})
+        layers_ms = 1000 * sum(times[layer.path].of(layer) for layer in plan.layers)
+        return TimedPlan(plan, batch_size, 9.0, 3.0, layers_ms, 3.0)
+
+    monkeypatch.setattr(latency_budget, "time_plan", plan_timed)
+    rules = {fixed: 2, kept: "dense"}
+    select_for_latency(calibration, model, 1.5, curves=curves, times=times, rules=rules)
+    assert len(seen) > 4
+    for layers in seen:
+        assert layers[fixed].ranks[0] == 2
+        assert layers[kept].decomposition is None
 
 
 def test_budgets_reach_the_selection(measured):

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from accel.rank_selection.exact_energy import exact_energy
 from accel.rank_selection.greedy_energy import greedy_energy
-from accel.rank_selection.measured_error import Candidate, LayerErrors, measured_error
+from accel.rank_selection.measured_error import Candidate, LayerErrors, least_cost, measured_error
 from accel.rank_selection.problem import (
     LayerChoices,
     RankProblem,
@@ -38,5 +38,6 @@ __all__ = [
     "apply_rules",
     "budget_from_speedup",
     "check_speedup",
+    "least_cost",
     "measured_error",
 ]

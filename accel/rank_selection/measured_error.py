@@ -68,19 +68,7 @@ def measured_error(
     Raises:
         ValueError: If the budget cannot be met; the message says the largest reachable speedup.
     """
-    fronts, options = [], []
-    for layer in layers:
-        cost = np.append(layer.costs, layer.dense_cost)
-        loss = np.append(layer.errors, 0.0)
-        # A chain that costs as much as the layer itself leaves it dense, whatever a rule says.
-        allowed = np.array([_allowed(layer, candidate) for candidate in layer.candidates], bool)
-        allowed &= layer.costs < layer.dense_cost
-        allowed = np.append(allowed, not (isinstance(layer.fixed, int) and allowed.any()))
-        chosen = np.flatnonzero(allowed)
-        kept = chosen[undominated(cost[chosen], loss[chosen])]
-        fronts.append(Front(cost[kept], loss[kept]))
-        options.append([*layer.candidates, None])
-        options[-1] = [options[-1][index] for index in kept]
+    fronts, options = _fronts(layers)
     least = sum(int(front.cost[0]) for front in fronts)
     slack = budget - other_cost - least
     if slack < 0:
@@ -96,6 +84,29 @@ def measured_error(
         layer.path: choices[index]
         for layer, choices, index in zip(layers, options, chosen, strict=True)
     }
+
+
+def least_cost(layers: Sequence[LayerErrors]) -> int:
+    """The cost of the cheapest that rules allow of each layer, summed."""
+    return sum(int(front.cost[0]) for front in _fronts(layers)[0])
+
+
+def _fronts(layers: Sequence[LayerErrors]) -> tuple[list[Front], list[list[Candidate | None]]]:
+    """What can be chosen of each layer and is not undercut, and what each of these is."""
+    fronts, options = [], []
+    for layer in layers:
+        cost = np.append(layer.costs, layer.dense_cost)
+        loss = np.append(layer.errors, 0.0)
+        # A chain that costs as much as the layer itself leaves it dense, whatever a rule says.
+        allowed = np.array([_allowed(layer, candidate) for candidate in layer.candidates], bool)
+        allowed &= layer.costs < layer.dense_cost
+        allowed = np.append(allowed, not (isinstance(layer.fixed, int) and allowed.any()))
+        chosen = np.flatnonzero(allowed)
+        kept = chosen[undominated(cost[chosen], loss[chosen])]
+        fronts.append(Front(cost[kept], loss[kept]))
+        choices = [*layer.candidates, None]
+        options.append([choices[index] for index in kept])
+    return fronts, options
 
 
 def _allowed(layer: LayerErrors, candidate: Candidate) -> bool:

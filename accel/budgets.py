@@ -1,0 +1,128 @@
+"""Budgets other than MACs: in measured time, in parameters, in error that is allowed."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+from flax import nnx
+
+from accel.calibration import Calibration
+from accel.device_times import TimeCache, default_cache
+from accel.error_curves import ErrorCurve
+from accel.files import write_whole
+from accel.latency_budget import select_for_latency
+from accel.plan import AccelerationPlan
+from accel.progress import Progress
+from accel.rank_selection import Rules, check_speedup
+from accel.selection import MEASURED_ERROR, select_by_parameters, select_within_error
+
+
+@dataclasses.dataclass(frozen=True)
+class Budget:
+    """What is asked for in place of a speedup in MACs: one of these at most.
+
+    Attributes:
+        latency_speedup: The original's time for a batch over that of the accelerated network.
+        latency_ms: The accelerated network's time for a batch, in milliseconds.
+        parameter_ratio: Parameters of all convolutions now over those wanted.
+        allowed_error: The largest sum of the measured errors of the layers.
+        latency_batch: Images per batch where time is measured.
+    """
+
+    latency_speedup: float | None = None
+    latency_ms: float | None = None
+    parameter_ratio: float | None = None
+    allowed_error: float | None = None
+    latency_batch: int = 1
+
+    @property
+    def given(self) -> dict[str, float]:
+        """The budgets that are given, by name."""
+        named = dataclasses.asdict(self)
+        del named["latency_batch"]
+        return {name: value for name, value in named.items() if value is not None}
+
+    def check(self, rank_selection: str, dense_speedup: float | None) -> None:
+        """Raises ValueError where the budget is none or does not go with the rest."""
+        if self.latency_batch < 1:
+            raise ValueError(f"latency_batch is 1 or more, found {self.latency_batch}")
+        if not self.given:
+            return
+        if len(self.given) > 1:
+            raise ValueError(f"one budget at most can be given, found {', '.join(self.given)}")
+        ((name, value),) = self.given.items()
+        if name in ("latency_speedup", "parameter_ratio"):
+            check_speedup(name, value)
+        elif not (value > 0 and math.isfinite(value)):
+            raise ValueError(f"{name} is a finite number above 0, found {value}")
+        if rank_selection != MEASURED_ERROR:
+            raise ValueError(f"{name} needs {MEASURED_ERROR}, found {rank_selection}")
+        if dense_speedup is not None:
+            raise ValueError(
+                f"{name} is a budget of convolutions: dense_speedup cannot be given, too"
+            )
+        if name in ("latency_speedup", "latency_ms"):
+            # A cache that is damaged or cannot be written shows now, not after the long work.
+            TimeCache(default_cache()).save()
+
+    def select(
+        self,
+        calibration: Calibration,
+        original: nnx.Module,
+        curves: Mapping[str, ErrorCurve],
+        *,
+        rules: Rules | None = None,
+        resume: Path | None = None,
+        progress: Progress | None = None,
+    ) -> tuple[AccelerationPlan, dict[str, float]]:
+        """The plan that keeps the budget, and what was timed, if anything was.
+
+        Args:
+            calibration: From ``calibrate``.
+            original: The network as it was given to ``calibrate``.
+            curves: From ``measure_errors``.
+            rules: As in ``accelerate``.
+            resume: A folder that keeps a timed plan: timed once more, another one would be chosen,
+                and no solution of a run that was stopped would fit it.
+            progress: Receives what is being done.
+
+        Raises:
+            ValueError: If the budget cannot be kept.
+        """
+        if self.parameter_ratio is not None:
+            return select_by_parameters(calibration, self.parameter_ratio, curves, rules=rules), {}
+        if self.allowed_error is not None:
+            return select_within_error(calibration, self.allowed_error, curves, rules=rules), {}
+        digest = self._digest(curves, rules or {})
+        kept = None if resume is None else resume / "timed_plan.json"
+        if kept is not None and kept.exists():
+            content = json.loads(kept.read_text())
+            if content["digest"] == digest:
+                return AccelerationPlan.from_json(content["plan"]), content["figures"]
+        found = select_for_latency(
+            calibration,
+            original,
+            self.latency_speedup,
+            milliseconds=self.latency_ms,
+            batch_size=self.latency_batch,
+            curves=curves,
+            rules=rules,
+            progress=progress,
+        )
+        if kept is not None:
+            content = {"digest": digest, "figures": found.figures(), "plan": found.plan.to_json()}
+            write_whole(kept, json.dumps(content))
+        return found.plan, found.figures()
+
+    def _digest(self, curves: Mapping[str, ErrorCurve], rules: Rules) -> str:
+        """Tells this choice from every other: the errors hang on network, images and kinds."""
+        digest = hashlib.sha256(repr((self, sorted(rules.items()))).encode())
+        for path, curve in sorted(curves.items()):
+            digest.update(f"{path} {curve.candidates}".encode())
+            digest.update(curve.errors.tobytes())
+        return digest.hexdigest()
