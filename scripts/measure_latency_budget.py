@@ -78,6 +78,7 @@ def main() -> int:
         positions_per_image=experiment.positions_per_image,
         batch_size=experiment.batch_size,
         seed=experiment.seed,
+        rules=experiment.rules,
         progress=progress,
     )
     progress.say("measuring errors")
@@ -158,6 +159,7 @@ def _batch(
     progress: LineProgress,
 ) -> tuple[dict[str, Any], dict[str, AccelerationPlan]]:
     """All but the errors for one batch size, and the two 4× plans."""
+    rules = asked.experiment.rules
 
     def timed(plan: AccelerationPlan, seconds: float) -> TimedPlan:
         return time_plan(calibration, original, plan, times, batch_size, seconds)
@@ -185,6 +187,7 @@ def _batch(
                 batch_size=batch_size,
                 curves=curves,
                 times=times,
+                rules=rules,
                 progress=progress,
             )
         except ValueError as error:
@@ -198,7 +201,7 @@ def _batch(
             **figures(again),
         }
         progress.say(f"asked {speedup:g}×, timed once more: {again.speedup:.2f}×")
-    by_macs = timed(select_ranks(calibration, 4.0, curves=curves), asked.seconds)
+    by_macs = timed(select_ranks(calibration, 4.0, curves=curves, rules=rules), asked.seconds)
     row["mac_plan_4x"] = {
         **figures(by_macs),
         "measured_over_theoretical": by_macs.speedup / 4.0,
@@ -213,6 +216,7 @@ def _batch(
         batch_size=batch_size,
         curves=curves,
         times=times,
+        rules=rules,
         progress=progress,
     )
     plans["by time"] = equal.plan
@@ -263,7 +267,10 @@ def _random_plans(
             for path, curve in curves.items()
         }
         budget = dense / random.uniform(1.5, 4.0)
-        plan = timed(select_by_time(calibration, budget, times, shuffled), asked.seconds / 2)
+        plan = timed(
+            select_by_time(calibration, budget, times, shuffled, rules=asked.experiment.rules),
+            asked.seconds / 2,
+        )
         rows.append({"measured_ms": plan.accelerated_ms, "sum_of_layers_ms": plan.layers_ms})
     return {"plans": rows}
 
