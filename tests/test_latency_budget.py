@@ -251,8 +251,9 @@ def test_no_plan_within_an_error_is_told(measured):
 
 def test_layers_and_networks_are_timed_here(measured, tmp_path):
     model, calibration, curves = measured
-    times = measure_times(calibration.calls, curves, 2, cache=tmp_path)
-    assert times.keys() == {call.path for call in calibration.calls}
+    calls = calibration.calls[:2]
+    times = measure_times(calls, curves, 2, cache=tmp_path)
+    assert times.keys() == {call.path for call in calls}
     assert all(time.dense > 0 and (time.chains > 0).all() for time in times.values())
     assert list(tmp_path.glob("times-*.json"))
     plan = select_ranks(calibration, 2.0, curves=curves)
