@@ -34,7 +34,13 @@ from accel.latency_budget import TimedPlan, select_for_latency, time_plan
 from accel.plan import AccelerationPlan
 from accel.progress import LineProgress
 from accel.report.environment import command_line, device_name, versions
-from accel.selection import measure_errors, measure_sensitivity, select_by_time, select_ranks
+from accel.selection import (
+    least_seconds,
+    measure_errors,
+    measure_sensitivity,
+    select_by_time,
+    select_ranks,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -257,6 +263,7 @@ def _random_plans(
     """
     random = np.random.default_rng(asked.experiment.seed)
     dense = sum(time.dense for time in times.values())
+    least = least_seconds(calibration, times, curves, rules=asked.experiment.rules)
     rows = []
     for _ in range(asked.random_plans):
         shuffled = {
@@ -266,7 +273,7 @@ def _random_plans(
             )
             for path, curve in curves.items()
         }
-        budget = dense / random.uniform(1.5, 4.0)
+        budget = max(dense / random.uniform(1.5, 4.0), least)
         plan = timed(
             select_by_time(calibration, budget, times, shuffled, rules=asked.experiment.rules),
             asked.seconds / 2,
