@@ -11,7 +11,8 @@ from accel.cost import count_conv_macs, count_dense_macs, count_macs
 from accel.device_times import LayerTimes, measure_times
 from accel.finetune import FinetuneResult, finetune
 from accel.images import ArraySource, ImageSource
-from accel.latency_budget import TimedPlan, select_for_latency
+from accel.inference import Inference, compile_inference
+from accel.latency_budget import select_for_latency
 from accel.models import ModelSpec
 from accel.plan import AccelerationPlan, LayerPlan
 from accel.progress import ConsoleProgress, Progress
@@ -26,6 +27,8 @@ from accel.selection import (
     select_ranks,
     select_within_error,
 )
+from accel.time_correction import correct_times
+from accel.timed_plan import TimedPlan
 
 __all__ = [
     "AccelerationPlan",
@@ -35,6 +38,7 @@ __all__ = [
     "Distillation",
     "FinetuneResult",
     "ImageSource",
+    "Inference",
     "LayerPlan",
     "LayerReport",
     "LayerTimes",
@@ -46,6 +50,8 @@ __all__ = [
     "TimedPlan",
     "accelerate",
     "calibrate",
+    "compile_inference",
+    "correct_times",
     "count_conv_macs",
     "count_dense_macs",
     "count_macs",

@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -20,8 +19,9 @@ from flax import nnx
 from accel.checkpoint import load_model, saved_plan, saved_spec
 from accel.cost import count_conv_macs
 from accel.device_times import layer_seconds
-from accel.evaluation.forward import Forward, forward_function
+from accel.evaluation.forward import check_dtype, in_dtype
 from accel.files import write_whole
+from accel.inference import Inference, compile_inference
 from accel.plan import AccelerationPlan, LayerPlan
 from accel.program import Program, named_layers, specification, trace
 from accel.progress import Progress
@@ -42,12 +42,14 @@ def latency(
     batch_sizes: Sequence[int] = (1, 16),
     repeats: int = REPEATS,
     seconds: float = 30.0,
+    dtype: str | None = None,
 ) -> dict[str, dict[str, float]]:
     """Times both networks on the default device, a run of one after a run of the other.
 
     Runs are interleaved, and which network goes first changes from pair to pair, so that whatever
-    else the machine does meets both alike. Both are compiled and run once before the clock starts;
-    images and weights are on the device already, and a run ends when its outputs are there.
+    else the machine does meets both alike. Both are compiled for inference (``compile_inference``)
+    and run once before the clock starts; images and weights are on the device already, and a run
+    ends when its outputs are there.
 
     Args:
         original: The network that is the measure, called as ``original(images)``.
@@ -57,6 +59,7 @@ def latency(
         repeats: Most runs of each network per batch size.
         seconds: Time for all timed runs together, shared out equally among the batch sizes. Once a
             share is used up no more runs begin, but three of each network are always made.
+        dtype: What both compute in, such as ``bfloat16``; None for the types that they have.
 
     Returns:
         By batch size as text: ``original_ms`` and ``accelerated_ms``, medians in milliseconds per
@@ -64,14 +67,16 @@ def latency(
         ``speedup``, the ratio of the medians; ``runs``, the number of runs of each network.
 
     Raises:
-        ValueError: If batch sizes, repeats or seconds are not positive.
+        ValueError: If batch sizes, repeats or seconds are not positive, or the type is unknown.
     """
     _check_measurement("latency", batch_sizes, repeats, seconds)
-    networks = _forward_functions(original, accelerated)
+    check_dtype(dtype)
+    networks = {"original": original, "accelerated": accelerated}
     share = seconds / len(batch_sizes)
+    shapes = [(batch_size, *image_shape) for batch_size in batch_sizes]
     return {
-        str(batch_size): _timed(_compiled(networks, (batch_size, *image_shape)), repeats, share)
-        for batch_size in batch_sizes
+        str(shape[0]): _timed(_compiled(networks, shape, dtype), shape, repeats, share)
+        for shape in shapes
     }
 
 
@@ -83,6 +88,7 @@ def benchmark(
     image_shape: Sequence[int] | None = None,
     batch_sizes: Sequence[int] = (1, 8),
     seconds: float = 30.0,
+    dtype: str = "float32",
     progress: Progress | None = None,
 ) -> Benchmark:
     """Measures what an acceleration gains on the default device, and writes it to a file.
@@ -90,7 +96,7 @@ def benchmark(
     The original network is built anew from what the model folder says, with fresh parameters, since
     a folder holds the weights of the accelerated one alone; times do not depend on the values of
     weights. Both networks are timed as ``latency`` does, and each convolution and the chain in its
-    place by themselves (``layer_seconds``), on float32 images.
+    place by themselves (``layer_seconds``).
 
     Args:
         folder: What ``accel run`` wrote: ``model/`` and ``report.json``.
@@ -101,15 +107,17 @@ def benchmark(
         batch_sizes: Images per batch; each is measured by itself.
         seconds: Time for all timed runs of the networks, as in ``latency``. What compilation and
             the single layers take comes on top.
+        dtype: What both networks compute in.
         progress: Receives what is being measured.
 
     Raises:
         FileExistsError: If ``out`` exists.
         ValueError: If the folder holds no accelerated network or not what its original is built
-            from, if the shape of the images is unknown or does not fit the network, or if batch
-            sizes or seconds are not positive; before anything is measured.
+            from, if the shape of the images is unknown or does not fit the network, if batch sizes
+            or seconds are not positive, or the type is unknown; before anything is measured.
     """
     _check_measurement("benchmark", batch_sizes, REPEATS, seconds)
+    check_dtype(dtype)
     if out.exists():
         raise FileExistsError(f"{out} exists already; nothing is overwritten")
     if not out.parent.is_dir():
@@ -121,8 +129,7 @@ def benchmark(
     if plan is None or not plan.layers:
         raise ValueError(f"{model_folder} holds no accelerated network")
     shape = _image_shape(folder, image_shape)
-    dtype = np.dtype(np.float32)
-    image = jax.ShapeDtypeStruct((1, *shape), dtype)
+    image = jax.ShapeDtypeStruct((1, *shape), np.float32)
     # Of the abstract network, so that a shape which does not fit shows before weights are read.
     macs_original = count_conv_macs(nnx.eval_shape(spec.build), image)
     original, accelerated = spec.build(), load_model(model_folder)
@@ -130,18 +137,18 @@ def benchmark(
     total, left = sum(macs_original.values()), sum(macs_accelerated.values())
     macs = {"original": total, "accelerated": left, "speedup": total / left}
     progress = progress or Progress()
-    networks = _forward_functions(original, accelerated)
+    networks = {"original": original, "accelerated": accelerated}
     batches = []
     not_timed: dict[str, str] = {}
     for batch_size in batch_sizes:
         progress.say(f"timing both networks at batch {batch_size}")
-        images = jax.ShapeDtypeStruct((batch_size, *shape), dtype)
-        compiled = _compiled(networks, images.shape)
-        row = _timed(compiled, REPEATS, seconds / len(batch_sizes))
+        images = jax.ShapeDtypeStruct((batch_size, *shape), np.float32)
+        compiled = _compiled(networks, images.shape, dtype)
+        row = _timed(compiled, images.shape, REPEATS, seconds / len(batch_sizes))
         whole = {name: _network_benchmark(name, compiled[name], row) for name in compiled}
         program = trace(original, images)
         not_timed |= program.left_out
-        times = _times_of_layers(program, accelerated, batch_size, progress)
+        times = _times_of_layers(program, accelerated, batch_size, dtype, progress)
         layers = [
             LayerBenchmark(
                 path=path,
@@ -175,7 +182,7 @@ def benchmark(
         device=device_name(),
         versions=versions(),
         command=command,
-        dtype=dtype.name,
+        dtype=dtype,
         image_shape=shape,
         macs=macs,
         batches=tuple(batches),
@@ -225,7 +232,7 @@ def _image_shape(folder: Path, given: Sequence[int] | None) -> tuple[int, ...]:
 
 
 def _times_of_layers(
-    program: Program, accelerated: nnx.Module, batch_size: int, progress: Progress
+    program: Program, accelerated: nnx.Module, batch_size: int, dtype: str, progress: Progress
 ) -> dict[str, tuple[float, float]]:
     """Milliseconds of each convolution of the original and of what stands in its place, by path.
 
@@ -238,7 +245,8 @@ def _times_of_layers(
         given = specification(call.input)
         layers = [call.layer, *([chains[call.path]] if call.path in chains else [])]
         seconds = [
-            layer_seconds(layer, given.shape, given.dtype, call.activation) for layer in layers
+            layer_seconds(in_dtype(layer, dtype), given.shape, dtype, call.activation)
+            for layer in layers
         ]
         times[call.path] = (1000 * seconds[0], 1000 * seconds[-1])
         progress.advance(1)
@@ -254,48 +262,23 @@ def _macs_inside(macs: Mapping[str, int], path: str) -> int:
     return sum(n for at, n in macs.items() if at == path or at.startswith(f"{path}/"))
 
 
-@dataclasses.dataclass(frozen=True)
-class _Compiled:
-    """A network compiled for one shape of batches.
-
-    Attributes:
-        program: What XLA made of it.
-        run: Runs it on a batch, and returns when the outputs are there.
-        seconds: Time to trace and to compile it.
-    """
-
-    program: jax.stages.Compiled
-    run: Callable[[], Any]
-    seconds: float
-
-
-def _forward_functions(
-    original: nnx.Module, accelerated: nnx.Module
-) -> dict[str, tuple[Forward, nnx.State]]:
-    return {
-        "original": forward_function(original),
-        "accelerated": forward_function(accelerated),
-    }
-
-
 def _compiled(
-    networks: Mapping[str, tuple[Forward, nnx.State]], shape: tuple[int, ...]
-) -> dict[str, _Compiled]:
+    networks: Mapping[str, nnx.Module], shape: tuple[int, ...], dtype: str | None
+) -> dict[str, Inference]:
     """The networks compiled for batches of a shape, ``[batch, height, width, channels]``."""
+    return {name: compile_inference(model, shape, dtype) for name, model in networks.items()}
+
+
+def _timed(
+    compiled: Mapping[str, Inference], shape: tuple[int, ...], repeats: int, seconds: float
+) -> dict[str, float]:
+    """A row of ``latency``."""
     images = jax.device_put(np.random.default_rng(0).standard_normal(shape, np.float32))
 
-    def compiled(forward: Forward, state: nnx.State) -> _Compiled:
-        start = time.perf_counter()
-        program = jax.jit(forward).lower(state, images).compile()
-        seconds = time.perf_counter() - start
-        return _Compiled(program, lambda: jax.block_until_ready(program(state, images)), seconds)
+    def runner(network: Inference) -> Callable[[], Any]:
+        return lambda: jax.block_until_ready(network(images))
 
-    return {name: compiled(*network) for name, network in networks.items()}
-
-
-def _timed(compiled: Mapping[str, _Compiled], repeats: int, seconds: float) -> dict[str, float]:
-    """A row of ``latency``."""
-    runs = {name: network.run for name, network in compiled.items()}
+    runs = {name: runner(network) for name, network in compiled.items()}
     milliseconds = _interleaved(runs, repeats, seconds)
     row: dict[str, float] = {}
     for name, times in milliseconds.items():
@@ -308,7 +291,7 @@ def _timed(compiled: Mapping[str, _Compiled], repeats: int, seconds: float) -> d
 
 
 def _network_benchmark(
-    name: str, compiled: _Compiled, row: Mapping[str, float]
+    name: str, compiled: Inference, row: Mapping[str, float]
 ) -> NetworkBenchmark:
     memory = compiled.program.memory_analysis()
     return NetworkBenchmark(

@@ -33,7 +33,7 @@ USAGE = """\
 usage: accel run CONFIG [--out DIR] [--smoke] [--FIELD VALUE ...]
        accel finetune FOLDER CONFIG [--out DIR] [--smoke] [--FIELD VALUE ...]
        accel benchmark FOLDER [--out FILE] [--batch-sizes N ...] [--seconds S]
-                       [--image-size HEIGHT WIDTH CHANNELS]
+                       [--dtype TYPE] [--image-size HEIGHT WIDTH CHANNELS]
        accel table TABLE [CONFIG ...] [--out DIR] [--smoke] [--FIELD VALUE ...]
        accel convert FILE --model NAME --out DIR [--FIELD VALUE ...]
 
@@ -97,6 +97,7 @@ class MakeBenchmark:
         batch_sizes: Images per batch; each is measured by itself.
         seconds: Time for all timed runs of the networks together; compilation and the single
             layers come on top.
+        dtype: What both networks compute in: float32, bfloat16 or float16.
         image_size: Height, width and channels of the images; by default those of the run, which
             folders of earlier versions do not say.
     """
@@ -105,6 +106,7 @@ class MakeBenchmark:
     out: Path | None = None
     batch_sizes: tuple[int, ...] = (1, 8)
     seconds: float = 30.0
+    dtype: str = "float32"
     image_size: tuple[int, ...] | None = None
 
 
@@ -213,6 +215,7 @@ def _benchmark(rest: Sequence[str]) -> int:
             image_shape=asked.image_size,
             batch_sizes=asked.batch_sizes,
             seconds=asked.seconds,
+            dtype=asked.dtype,
             progress=progress,
         )
     Console().print(benchmark_summary(found))

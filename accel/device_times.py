@@ -28,7 +28,9 @@ from jaxtyping import Float64
 
 from accel.decompositions import DECOMPOSITIONS, Decomposition
 from accel.error_curves import ErrorCurve
+from accel.evaluation.forward import forward_function
 from accel.files import write_whole
+from accel.inference import with_any_weights, with_weights
 from accel.plan import LayerPlan
 from accel.program import LayerCall, specification
 from accel.progress import Progress
@@ -41,6 +43,8 @@ from accel.solvers.base import Activation, activate
 # whatever else the machine does only adds.
 TIMED_SECONDS = 0.02
 REPEATS = 3
+# How layers are timed: what was timed otherwise is not comparable.
+FORM = "weights inside the program where inference has them there"
 # Ranks that are timed, as shares of the dearest ones of a kind.
 SHARES = (0.03, 0.1, 0.2, 0.35, 0.6, 1.0)
 
@@ -84,38 +88,38 @@ def layer_seconds(
         dtype: Type of what it is given.
         activation: What follows.
     """
-    graphdef, state = nnx.split(layer)
+    forward, state = forward_function(with_any_weights(layer))
+    function, arguments = with_weights(forward, state)
     inputs = jax.device_put(np.ones(input_shape, dtype))
+
+    def looped(count: int, *given: Any) -> jax.Array:
+        """The layer ``count`` times, each time on inputs that hang on the outputs before.
+
+        One element is written, in place; otherwise the compiler would run the layer once.
+        """
+        *weights, images = given
+
+        def once(_: Any, inputs: jax.Array) -> jax.Array:
+            outputs = activate(function(*weights, inputs), activation)
+            last = jax.lax.optimization_barrier(outputs).reshape(-1)[-1]
+            return inputs.at[(0,) * inputs.ndim].set(last.astype(inputs.dtype))
+
+        return jax.lax.fori_loop(0, count, once, images)
+
+    # How often is an argument, so that the program is compiled once.
+    run = jax.jit(looped).lower(1, *arguments, inputs).compile()
+    jax.block_until_ready(run(1, *arguments, inputs))
     count = 2
     while True:
-        run = _looped.lower(graphdef, state, inputs, activation, count).compile()
-        jax.block_until_ready(run(state, inputs))
         times = []
         for _ in range(REPEATS):
             start = time.perf_counter()
-            jax.block_until_ready(run(state, inputs))
+            jax.block_until_ready(run(count, *arguments, inputs))
             times.append((time.perf_counter() - start) / count)
         seconds = min(times)
         if count * seconds >= TIMED_SECONDS / 2:
             return seconds
         count = max(2 * count, round(TIMED_SECONDS / seconds))
-
-
-@partial(jax.jit, static_argnums=(0, 3, 4))
-def _looped(
-    graphdef: nnx.GraphDef, state: Any, inputs: jax.Array, activation: Activation, count: int
-) -> jax.Array:
-    """The layer ``count`` times, each time on inputs that hang on the outputs before.
-
-    One element is written, in place; otherwise the compiler would run the layer once.
-    """
-
-    def once(_: Any, inputs: jax.Array) -> jax.Array:
-        outputs = activate(nnx.merge(graphdef, state)(inputs), activation)
-        last = jax.lax.optimization_barrier(outputs).reshape(-1)[-1]
-        return inputs.at[(0,) * inputs.ndim].set(last.astype(inputs.dtype))
-
-    return jax.lax.fori_loop(0, count, once, inputs)
 
 
 def default_cache() -> Path:
@@ -133,6 +137,7 @@ class TimeCache:
     def __init__(self, folder: Path):
         kept = ("jax", "jaxlib", "flax")
         where = {"device": device_name(), **{name: versions().get(name) for name in kept}}
+        where["form"] = FORM
         text = json.dumps(where, sort_keys=True)
         self.file = folder / f"times-{hashlib.sha256(text.encode()).hexdigest()[:16]}.json"
         self.content: dict[str, Any] = {"measured_on": where, "seconds": {}}

@@ -32,6 +32,7 @@ from accel.data import (
     image_folder,
 )
 from accel.evaluation import accuracy, compare_outputs
+from accel.evaluation.forward import check_dtype
 from accel.models import ModelSpec
 from accel.progress import Progress
 from accel.rank_selection import Rules
@@ -226,6 +227,8 @@ class Experiment:
             calibration images without labels (``accel.repair.refit``); 0 for none.
         distillation: How the accelerated network is then distilled from the original, on the same
             images (``accel.repair.distill``); None for not at all.
+        inference_dtype: What the accelerated network computes in when it is evaluated, and both
+            networks when they are timed, such as ``bfloat16``; None for the types that they have.
         latency_batches: Batch sizes to time; none for no timing.
         latency_seconds: Time for timing.
         image_limit: How many images to use of each kind at most; None for all.
@@ -254,6 +257,7 @@ class Experiment:
     seed: int = 0
     second_sweep: int = 0
     distillation: Distillation | None = None
+    inference_dtype: str | None = None
     latency_batches: tuple[int, ...] = (1, 8)
     latency_seconds: float = 20.0
     image_limit: int | None = None
@@ -334,12 +338,12 @@ class Experiment:
             progress=progress,
         )
 
-    def accuracy(self, model: nnx.Module) -> dict[str, float]:
+    def accuracy(self, model: nnx.Module, dtype: str | None = None) -> dict[str, float]:
         """Accuracies of a network on the evaluation images; none where they were not asked for."""
         if "accuracy" not in self.metrics:
             return {}
         images = self.limited(self.evaluation)
-        return accuracy(model, images, batch_size=self.batch_size)
+        return accuracy(model, images, batch_size=self.batch_size, dtype=dtype)
 
     def evaluate(
         self, original: nnx.Module, accelerated: nnx.Module, before: Mapping[str, float]
@@ -352,10 +356,16 @@ class Experiment:
             before: ``accuracy(original)``, so that many networks can be held against one.
         """
         images = self.limited(self.evaluation)
-        after = self.accuracy(accelerated)
+        after = self.accuracy(accelerated, self.inference_dtype)
         found = {k: {"original": before[k], "accelerated": after[k]} for k in before}
         if "outputs" in self.metrics:
-            compared = compare_outputs(original, accelerated, images, batch_size=self.batch_size)
+            compared = compare_outputs(
+                original,
+                accelerated,
+                images,
+                batch_size=self.batch_size,
+                dtype=self.inference_dtype,
+            )
             found |= {name: {"accelerated": value} for name, value in compared.items()}
         return found
 
@@ -392,6 +402,7 @@ def run(experiment: Experiment, name: str, out: Path, progress: Progress) -> Res
         raise FileExistsError(f"{out} exists already; nothing is overwritten")
     if experiment.second_sweep < 0:
         raise ValueError(f"second_sweep is 0 or more, found {experiment.second_sweep}")
+    check_dtype(experiment.inference_dtype)
     original = experiment.load_model()
     images = experiment.limited(experiment.calibration)
     experiment.limited(experiment.evaluation)  # What is wrong with it shows now.
@@ -417,6 +428,7 @@ def run(experiment: Experiment, name: str, out: Path, progress: Progress) -> Res
             images.image_shape,
             batch_sizes=experiment.latency_batches,
             seconds=experiment.latency_seconds,
+            dtype=experiment.inference_dtype,
         )
     end = time.perf_counter()
     seconds = {
@@ -427,7 +439,11 @@ def run(experiment: Experiment, name: str, out: Path, progress: Progress) -> Res
     report = dataclasses.replace(
         result.report,
         model=name,
-        settings={**result.report.settings, "image_shape": images.image_shape},
+        settings={
+            **result.report.settings,
+            "image_shape": images.image_shape,
+            "inference_dtype": experiment.inference_dtype,
+        },
         latency=times,
         metrics=metrics,
         seconds=seconds,

@@ -1,9 +1,9 @@
 """A budget in measured time: the network shall be so many times faster on the device at hand.
 
-Times of single layers (``accel.device_times``) propose a plan, a network of that shape is timed as
-a whole beside the original, and what was found corrects the next proposal, until the speedup that
-is measured is the one that was asked for. No layer is fitted for that: the time of a network does
-not hang on the values of its weights.
+Times of single layers (``accel.device_times``), corrected by those of whole networks
+(``accel.time_correction``), propose a plan, a network of that shape is timed as a whole beside the
+original, and what was found corrects the next proposal, until the speedup that is measured is the
+one that was asked for. No layer is fitted for that.
 """
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ from accel.plan import AccelerationPlan
 from accel.program import specification
 from accel.progress import Progress
 from accel.rank_selection import Candidate, Rules, check_speedup
-from accel.rewrite import rewrite
 from accel.selection import least_seconds, measure_errors, select_by_time
+from accel.time_correction import correct_times
+from accel.timed_plan import TimedPlan, sum_ms, time_plan
 
 # The search ends where a speedup is this close to the one asked for. Of the plans that are not
 # slower than that, the one of the smallest error is taken; if there is none, the fastest, within
@@ -36,31 +37,6 @@ ROUNDS = 9
 MIXED = 4
 # What is left of a budget that gave a plan that was timed already, if none is faster than wanted.
 STEP = 0.97
-
-
-@dataclasses.dataclass(frozen=True)
-class TimedPlan:
-    """A plan, and the time of networks of that shape.
-
-    Attributes:
-        plan: What becomes of each layer.
-        batch_size: Images per batch.
-        original_ms: Median time of the original for a batch, in milliseconds.
-        accelerated_ms: The same of a network of the plan's shape, in turns with the original.
-        layers_ms: The sum of the times of its layers, as timed one by one.
-        speedup: Ratio of the medians.
-    """
-
-    plan: AccelerationPlan
-    batch_size: int
-    original_ms: float
-    accelerated_ms: float
-    layers_ms: float
-    speedup: float
-
-    def figures(self) -> dict[str, float]:
-        """All but the plan, for a report."""
-        return {k: v for k, v in dataclasses.asdict(self).items() if k != "plan"}
 
 
 def select_for_latency(
@@ -86,7 +62,8 @@ def select_for_latency(
         milliseconds: The time for a batch, instead of ``speedup``; the original is timed first.
         batch_size: Images per batch.
         curves: From ``measure_errors``, which is called where they are not given.
-        times: From ``measure_times`` for this batch size, which is called where they are not given.
+        times: From ``correct_times`` for this batch size, which is called after ``measure_times``
+            where they are not given.
         rules: As in ``accelerate``.
         seconds: Time for timing one plan, in turns with the original.
         cache: Folder of the times of layers; by default ``accel.device_times.default_cache()``.
@@ -120,7 +97,17 @@ def select_for_latency(
     curves = measure_errors(calibration, progress=progress) if curves is None else curves
     calls = [call for call in calibration.calls if isinstance(call.layer, nnx.Conv)]
     if times is None:
-        times = measure_times(calls, curves, batch_size, cache=cache, progress=progress)
+        measured = measure_times(calls, curves, batch_size, cache=cache, progress=progress)
+        times = correct_times(
+            calibration,
+            original,
+            measured,
+            curves,
+            batch_size,
+            rules=rules,
+            seconds=seconds / 4,
+            progress=progress,
+        )
     dense = sum(times[call.path].dense for call in calls)
     lowest = least_seconds(calibration, times, curves, rules=rules)
     # As slow as rules let it be: the layers as they are, but for those with a fixed rank.
@@ -208,12 +195,7 @@ def _mixed(
         for count in range(1, len(after))
     ]
     new = [plan for plan in plans if not _tried(plan, tried)]
-    return min(new, key=lambda plan: abs(_sum_ms(plan, times) - layers_ms), default=None)
-
-
-def _sum_ms(plan: AccelerationPlan, times: Mapping[str, LayerTimes]) -> float:
-    """The sum of the times of a plan's layers, in milliseconds."""
-    return 1000 * sum(times[layer.path].of(layer) for layer in plan.layers if layer.path in times)
+    return min(new, key=lambda plan: abs(sum_ms(plan, times) - layers_ms), default=None)
 
 
 def _next_budget(tried: Sequence[TimedPlan], dense_ms: float, wanted: float) -> float:
@@ -237,36 +219,3 @@ def _next_budget(tried: Sequence[TimedPlan], dense_ms: float, wanted: float) -> 
         return least / 2
     gained = (1 - slower[1]) / (dense_ms - slower[0])
     return slower[0] - min((slower[1] - wanted) / gained, slower[0] / 2)
-
-
-def time_plan(
-    calibration: Calibration,
-    original: nnx.Module,
-    plan: AccelerationPlan,
-    times: Mapping[str, LayerTimes],
-    batch_size: int,
-    seconds: float,
-) -> TimedPlan:
-    """Times a network of the plan's shape, its chains' weights zeros, in turns with the original.
-
-    Args:
-        calibration: From ``calibrate``.
-        original: The original network.
-        plan: What becomes of each layer.
-        times: The times of its layers; each of its chains is among those of the error curves.
-        batch_size: Images per batch.
-        seconds: How long to time.
-    """
-    network = rewrite(calibration.model, plan)
-    image_shape = specification(calibration.program.images).shape[1:]
-    (row,) = latency(
-        original, network, image_shape, batch_sizes=(batch_size,), repeats=200, seconds=seconds
-    ).values()
-    return TimedPlan(
-        plan,
-        batch_size,
-        row["original_ms"],
-        row["accelerated_ms"],
-        _sum_ms(plan, times),
-        row["speedup"],
-    )

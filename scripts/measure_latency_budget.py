@@ -4,7 +4,7 @@
 
 On the experiment's network and images, for each batch size: how long timing the layers takes; what
 the plans for 2×, 3× and 4× deliver when they are timed once more, in turns with the original; what
-plans by MACs deliver; how well the sum of the times of layers tells the time of random plans; and
+plans by MACs deliver; how well the corrected times of layers tell the time of random plans; and
 the error on the evaluation images of the 4× MAC plan and of a plan that was made to be as fast as
 that one was measured to be. The device should have nothing else to do.
 """
@@ -30,17 +30,17 @@ from accel.device_times import LayerTimes, measure_times
 from accel.error_curves import ErrorCurve
 from accel.experiment import Experiment
 from accel.files import write_whole
-from accel.latency_budget import TimedPlan, select_for_latency, time_plan
+from accel.latency_budget import select_for_latency
 from accel.plan import AccelerationPlan
 from accel.progress import LineProgress
 from accel.report.environment import command_line, device_name, versions
 from accel.selection import (
-    least_seconds,
     measure_errors,
     measure_sensitivity,
-    select_by_time,
     select_ranks,
 )
+from accel.time_correction import correct_times, random_plans
+from accel.timed_plan import TimedPlan, time_plan
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,7 +181,10 @@ def _batch(
     start = time.perf_counter()
     # An empty cache, so that the time of timing is that of a first run.
     with tempfile.TemporaryDirectory() as cache:
-        times = measure_times(calibration.calls, curves, batch_size, cache=Path(cache))
+        measured = measure_times(calibration.calls, curves, batch_size, cache=Path(cache))
+    times = correct_times(
+        calibration, original, measured, curves, batch_size, rules=rules, progress=progress
+    )
     row: dict[str, Any] = {"timing_seconds": time.perf_counter() - start, "asked": {}}
     progress.say(f"batch {batch_size}: layers timed in {row['timing_seconds']:.0f} s")
     for speedup in asked.speedups:
@@ -257,36 +260,28 @@ def _random_plans(
     times: Mapping[str, LayerTimes],
     timed: Callable[[AccelerationPlan, float], TimedPlan],
 ) -> dict[str, Any]:
-    """Times of random plans, and the sums of their layers' times, which predict them.
-
-    Plans are the best ones for random errors, so that they vary in kinds and ranks.
-    """
-    random = np.random.default_rng(asked.experiment.seed)
-    dense = sum(time.dense for time in times.values())
-    least = least_seconds(calibration, times, curves, rules=asked.experiment.rules)
+    """Times of random plans, not of those the times were corrected by, and their predictions."""
+    plans = random_plans(
+        calibration, times, curves, asked.random_plans, seed=1, rules=asked.experiment.rules
+    )
     rows = []
-    for _ in range(asked.random_plans):
-        shuffled = {
-            path: dataclasses.replace(
-                curve,
-                errors=curve.errors * np.exp(random.standard_normal(len(curve.errors))),
-            )
-            for path, curve in curves.items()
-        }
-        budget = max(dense / random.uniform(1.5, 4.0), least)
-        plan = timed(
-            select_by_time(calibration, budget, times, shuffled, rules=asked.experiment.rules),
-            asked.seconds / 2,
+    for plan in plans:
+        found = timed(plan, asked.seconds / 2)
+        rows.append(
+            {
+                "measured_ms": found.accelerated_ms,
+                "predicted_ms": found.layers_ms,
+                "original_ms": found.original_ms,
+            }
         )
-        rows.append({"measured_ms": plan.accelerated_ms, "sum_of_layers_ms": plan.layers_ms})
     return {"plans": rows}
 
 
 def _off(random_plans: Mapping[str, Any]) -> float:
-    """Median of how far the sums of the layers' times are off, relative."""
+    """Median of how far the predicted times are off, relative."""
     return float(
         np.median(
-            [abs(row["sum_of_layers_ms"] / row["measured_ms"] - 1) for row in random_plans["plans"]]
+            [abs(row["predicted_ms"] / row["measured_ms"] - 1) for row in random_plans["plans"]]
         )
     )
 

@@ -17,6 +17,8 @@ from accel import (
     measure_errors,
     measure_times,
     select_ranks,
+    time_correction,
+    timed_plan,
 )
 from accel.budgets import Budget
 from accel.device_times import (
@@ -26,12 +28,14 @@ from accel.device_times import (
     default_cache,
     layer_seconds,
 )
-from accel.latency_budget import TimedPlan, select_for_latency, time_plan
+from accel.latency_budget import select_for_latency
 from accel.plan import LayerPlan
 from accel.program import named_layers
 from accel.rank_selection import Candidate
 from accel.rewrite import rewrite
 from accel.selection import select_by_parameters, select_by_time, select_within_error
+from accel.time_correction import correct_times, random_plans
+from accel.timed_plan import TimedPlan, sum_ms, time_plan
 
 KINDS = ("channel", "spatial", "tucker2")
 IMAGES = networks.images(40)
@@ -161,7 +165,7 @@ def test_the_speedup_asked_for_is_found_though_times_do_not_add_up(measured, mon
         row = {"original_ms": before, "accelerated_ms": after, "speedup": before / after}
         return {str(batch_sizes[0]): row}
 
-    monkeypatch.setattr(latency_budget, "latency", latency)
+    monkeypatch.setattr(timed_plan, "latency", latency)
     found = select_for_latency(calibration, model, speedup, curves=curves, times=times)
     assert found.speedup == pytest.approx(speedup, rel=0.05)
     assert found.original_ms == pytest.approx(1000 * 0.8 * total)
@@ -186,9 +190,48 @@ def test_a_speedup_is_found_where_times_jump(measured, monkeypatch, speedup):
         row = {"original_ms": before, "accelerated_ms": after, "speedup": before / after}
         return {str(batch_sizes[0]): row}
 
-    monkeypatch.setattr(latency_budget, "latency", latency)
+    monkeypatch.setattr(timed_plan, "latency", latency)
     found = select_for_latency(calibration, model, speedup, curves=curves, times=times)
     assert found.speedup >= 0.95 * speedup
+
+
+def test_times_are_corrected_by_those_of_whole_networks(measured, monkeypatch):
+    """Planted: in a network spatial chains take 1.5 times as long as alone, and channel ones 0.8.
+
+    What slows both networks of a pair down, by another factor each time, makes no difference.
+    """
+    model, calibration, curves = measured
+    times = planted(calibration, curves)
+    scales = {"spatial": 1.5, "channel": 0.8}
+    random = np.random.default_rng(0)
+    original = 1000 * sum(layer.dense for layer in times.values())
+
+    def milliseconds(plan):
+        return 1000 * sum(
+            scales.get(layer.decomposition, 1.0) * times[layer.path].of(layer)
+            for layer in plan.layers
+            if layer.path in times
+        )
+
+    def plan_timed(_calibration, _model, plan, _times, batch_size, _seconds):
+        slow, whole = random.uniform(0.8, 1.2), milliseconds(plan)
+        return TimedPlan(
+            plan, batch_size, slow * original, slow * whole, sum_ms(plan, times), original / whole
+        )
+
+    monkeypatch.setattr(time_correction, "time_plan", plan_timed)
+    corrected = correct_times(calibration, model, times, curves, 1)
+    # Times of another speed of the machine are as good as any: what counts are shares.
+    dense = 1000 * sum(layer.dense for layer in corrected.values())
+    shares = [
+        (milliseconds(plan) / original, sum_ms(plan, corrected) / dense, sum_ms(plan, times))
+        for plan in random_plans(calibration, times, curves, 10, seed=1)
+    ]
+    off = [abs(found / true - 1) for true, found, _ in shares]
+    off_before = [abs(before / original / true - 1) for true, _, before in shares]
+    assert max(off) < 0.05
+    assert np.median(off) < 0.02
+    assert np.median(off_before) > 0.05
 
 
 def test_milliseconds_that_the_original_needs_not_are_refused(measured):
@@ -332,7 +375,7 @@ def test_chains_that_are_all_slower_end_in_an_answer(measured, monkeypatch):
         row = {"original_ms": 1.0, "accelerated_ms": 2.0, "speedup": 0.5}
         return {str(batch_sizes[0]): row}
 
-    monkeypatch.setattr(latency_budget, "latency", latency)
+    monkeypatch.setattr(timed_plan, "latency", latency)
     with pytest.raises(ValueError, match=r"the best of \d plans that were timed is 0\.50"):
         select_for_latency(calibration, model, 2.0, curves=curves, times=times)
 

@@ -29,6 +29,7 @@ def accuracy(
     *,
     top: Sequence[int] | None = None,
     batch_size: int = 100,
+    dtype: str | None = None,
 ) -> dict[str, float]:
     """The share of images whose class is among the k highest outputs: ``{"top1": …, "top5": …}``.
 
@@ -41,6 +42,7 @@ def accuracy(
         source: Images and labels.
         top: The k's; by default 1 and, from ten classes on, 5.
         batch_size: Images per batch.
+        dtype: What the network computes in, such as ``bfloat16``; None for the types that it has.
 
     Raises:
         ValueError: If outputs are NaN or Inf, or labels, classes and outputs do not fit together.
@@ -49,7 +51,7 @@ def accuracy(
     if not images:
         raise ValueError("accuracy needs one image or more, found none")
     batch_size = min(batch_size, images)
-    forward, state = forward_function(model)
+    forward, state = forward_function(model, dtype)
     name = type(model).__name__
 
     correct: dict[int, float] = {}

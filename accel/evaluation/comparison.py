@@ -16,6 +16,7 @@ def compare_outputs(
     source: ImageSource,
     *,
     batch_size: int = 16,
+    dtype: str | None = None,
 ) -> dict[str, float]:
     """Compares the outputs f of one network with the outputs g of another on the same images.
 
@@ -32,6 +33,8 @@ def compare_outputs(
         accelerated: The other; neither is changed.
         source: Images, without labels.
         batch_size: Images per batch.
+        dtype: What the other network computes in, such as ``bfloat16``; None for the types that it
+            has. The original, being the measure, keeps its own.
 
     Raises:
         ValueError: If outputs are NaN or Inf or of different shapes, or all of the original's are
@@ -43,7 +46,7 @@ def compare_outputs(
     batch_size = min(batch_size, images)
     networks = {
         "original network": forward_function(original),
-        "accelerated network": forward_function(accelerated),
+        "accelerated network": forward_function(accelerated, dtype),
     }
     jitted = {name: jax.jit(forward) for name, (forward, _) in networks.items()}
 

@@ -6,8 +6,11 @@ import dataclasses
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,24 +19,64 @@ class Forward:
 
     Those of two networks that differ in nothing but their state are equal, so that a jitted
     function that takes one as a static argument is compiled once for both.
+
+    Attributes:
+        graphdef: The network without its state.
+        dtype: What it computes in where that is not left to it (see ``forward_function``).
     """
 
     graphdef: nnx.GraphDef
+    dtype: str | None = None
 
     def __call__(self, state: Any, images: Any) -> Any:
-        return nnx.merge(self.graphdef, state)(images)
+        if self.dtype is None:
+            return nnx.merge(self.graphdef, state)(images)
+        outputs = nnx.merge(self.graphdef, state)(jnp.asarray(images, self.dtype))
+        return jax.tree.map(lambda output: output.astype(jnp.float32), outputs)
 
 
-def forward_function(model: nnx.Module) -> tuple[Forward, nnx.State]:
+def forward_function(model: nnx.Module, dtype: str | None = None) -> tuple[Forward, nnx.State]:
     """A pure function ``(state, images) -> outputs`` of a network, and the state to give it.
 
     The network is run in evaluation mode; ``model`` itself is not changed. Weights are arguments,
     not constants, so that neither compilation takes longer nor the compiled code more memory.
+
+    Args:
+        model: The network.
+        dtype: What to compute in, such as ``bfloat16``: images, weights and all that lies between
+            are of this type, outputs are float32. None for the types that the network has.
+
+    Raises:
+        ValueError: If ``dtype`` is not one of ``DTYPES``.
     """
-    evaluated = nnx.clone(model)
+    evaluated = nnx.clone(model) if dtype is None else in_dtype(model, dtype)
     evaluated.eval()
     graphdef, state = nnx.split(evaluated)
-    return Forward(graphdef), state
+    return Forward(graphdef, dtype), state
+
+
+def check_dtype(dtype: str | None) -> None:
+    """Raises ValueError if it is not None and not one of ``DTYPES``."""
+    if dtype is not None and dtype not in DTYPES:
+        raise ValueError(f"a network can be computed in {', '.join(DTYPES)}, found {dtype!r}")
+
+
+def in_dtype(model: nnx.Module, dtype: str) -> nnx.Module:
+    """A copy with all floating-point variables, and the layers that say a type, of another type.
+
+    Raises:
+        ValueError: If ``dtype`` is not one of ``DTYPES``.
+    """
+    check_dtype(dtype)
+    cast = nnx.clone(model)
+    for _, part in nnx.iter_graph(cast):
+        if isinstance(part, nnx.Variable):
+            if jnp.issubdtype(part.dtype, jnp.floating):
+                part[...] = part[...].astype(dtype)
+        elif isinstance(part, nnx.Module) and getattr(part, "dtype", None) is not None:
+            # A layer's own type would turn what it is given back.
+            setattr(part, "dtype", jnp.dtype(dtype))  # noqa: B010 (not every module has one)
+    return cast
 
 
 def output_shape(

@@ -94,7 +94,7 @@ class Benchmark:
         device: Where it ran.
         versions: Versions of the packages that matter.
         command: The command that was given.
-        dtype: Type of the images.
+        dtype: What both networks computed in.
         image_shape: Shape of one image, ``(height, width, channels)``.
         macs: Multiply-accumulates of all convolutions per image: original, accelerated, speedup.
         batches: The figures for each size of batches.

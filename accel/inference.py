@@ -1,0 +1,89 @@
+"""A network compiled for inference: the form in which networks are timed, and should be used.
+
+What was found by measurement on CPU (XLA of jaxlib 0.10, the body of VGG-16, two cores): where
+weights are constants of the program the compiler packs them once; where they are arguments it packs
+them anew at every run, which costs the narrow layers of an accelerated network most. On other
+devices nothing of the kind has been measured, and weights are arguments.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from accel.evaluation.forward import Forward, forward_function
+
+# Beyond this much, compiling a program with its weights inside takes too long (about 10 s for half
+# of it) and several times the memory.
+CONSTANT_BYTES = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Inference:
+    """A network compiled for batches of one shape; called with such a batch it gives the outputs.
+
+    Attributes:
+        program: What the compiler made of it.
+        arguments: What the program is given before the images: the weights, or nothing where they
+            are part of it.
+        seconds: Time to trace and to compile it.
+    """
+
+    program: jax.stages.Compiled
+    arguments: tuple[Any, ...]
+    seconds: float
+
+    def __call__(self, images: Any) -> Any:
+        return self.program(*self.arguments, images)
+
+
+def compile_inference(
+    model: nnx.Module, shape: Sequence[int], dtype: str | None = None
+) -> Inference:
+    """Compiles a network for inference on the default device.
+
+    Args:
+        model: The network, called as ``model(images)``, in evaluation mode; it is not changed, and
+            what it becomes later does not reach the compiled network.
+        shape: Shape of a batch of float32 images, ``(batch, height, width, channels)``.
+        dtype: What to compute in (see ``forward_function``).
+    """
+    forward, state = forward_function(model, dtype)
+    images = jax.ShapeDtypeStruct(tuple(shape), np.float32)
+    start = time.perf_counter()
+    function, arguments = with_weights(forward, state)
+    program = jax.jit(function).lower(*arguments, images).compile()
+    return Inference(program, arguments, time.perf_counter() - start)
+
+
+def with_weights(forward: Forward, state: Any) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    """A network's function and the arguments before the images, in the form that is fastest."""
+    weight_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+    if jax.default_backend() != "cpu" or weight_bytes > CONSTANT_BYTES:
+        return forward, (state,)
+    weights, structure = jax.tree.flatten(state)
+    # Put together inside the trace: variables may be used only where they were made.
+    return lambda images: forward(structure.unflatten(weights), images), ()
+
+
+def with_any_weights(model: nnx.Module) -> nnx.Module:
+    """A copy with weights that mean nothing, for timing: kernels of a plan that is not solved yet.
+
+    They are drawn, since a compiler could leave out what is done with constants that are zero.
+    """
+    drawn = nnx.clone(model)
+    random = np.random.default_rng(0)
+    for _, variable in nnx.to_flat_state(nnx.state(drawn, nnx.Param)):
+        if jnp.issubdtype(variable.dtype, jnp.floating):
+            # By the number of inputs of an output, so that nothing grows out of bounds.
+            scale = max(1, variable.size // variable.shape[-1]) ** -0.5
+            values = scale * random.standard_normal(variable.shape, np.float32)
+            variable[...] = jax.device_put(values.astype(variable.dtype))
+    return drawn

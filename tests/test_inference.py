@@ -1,0 +1,72 @@
+import jax
+import jax.numpy as jnp
+import networks
+import numpy as np
+import pytest
+from flax import nnx
+
+from accel import compile_inference
+from accel.evaluation import compare_outputs
+from accel.evaluation.forward import in_dtype
+from accel.images import ArraySource
+from accel.inference import with_any_weights
+
+IMAGES = networks.images(6)
+
+
+@pytest.mark.parametrize("kind", ["chain", "residual"])
+def test_a_compiled_network_gives_what_the_network_gives(kind):
+    model = networks.network(kind)
+    compiled = compile_inference(model, IMAGES.shape)
+    evaluated = nnx.clone(model)
+    evaluated.eval()
+    expected = np.asarray(evaluated(jnp.asarray(IMAGES)))
+    np.testing.assert_allclose(compiled(IMAGES), expected, rtol=1e-4, atol=1e-5)
+    assert compiled.seconds > 0
+
+
+def test_on_cpu_weights_are_inside_the_program():
+    """So they are packed once, and a change of the network afterwards makes no difference."""
+    model = networks.network("chain")
+    compiled = compile_inference(model, IMAGES.shape)
+    before = np.asarray(compiled(IMAGES))
+    for _, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)):
+        variable[...] = jnp.zeros_like(variable[...])
+    np.testing.assert_array_equal(compiled(IMAGES), before)
+    assert jax.default_backend() != "cpu" or compiled.arguments == ()
+
+
+def test_reduced_precision_is_used_inside_and_float32_comes_out():
+    model = networks.network("residual")
+    exact = np.asarray(compile_inference(model, IMAGES.shape)(IMAGES))
+    reduced = compile_inference(model, IMAGES.shape, "bfloat16")
+    outputs = np.asarray(reduced(IMAGES))
+    assert outputs.dtype == np.float32
+    error = np.linalg.norm(outputs - exact) / np.linalg.norm(exact)
+    # bfloat16 has 8 bits: one rounding is off by 2^-9 at most.
+    assert 2**-12 < error < 2**-4
+    found = compare_outputs(model, model, ArraySource(IMAGES), dtype="bfloat16")
+    assert found["relative_squared_error"] == pytest.approx(error**2, rel=0.2)
+
+
+def test_a_type_that_layers_name_is_replaced():
+    layer = nnx.Conv(3, 4, (3, 3), dtype=jnp.float32, rngs=nnx.Rngs(0))
+    cast = in_dtype(layer, "bfloat16")
+    assert cast(jnp.ones((1, 8, 8, 3), jnp.bfloat16)).dtype == jnp.bfloat16
+    assert layer.kernel.dtype == layer.dtype == jnp.float32
+
+
+def test_types_that_are_no_floats_are_refused():
+    model = networks.network("chain")
+    with pytest.raises(ValueError, match="computed in float32, bfloat16, float16, found 'int8'"):
+        compile_inference(model, IMAGES.shape, "int8")
+
+
+def test_any_weights_leave_the_network_and_have_no_zeros():
+    model = networks.network("chain")
+    before = jax.tree.map(np.asarray, nnx.to_pure_dict(nnx.state(model)))
+    drawn = with_any_weights(model)
+    jax.tree.map(np.testing.assert_array_equal, before, nnx.to_pure_dict(nnx.state(model)))
+    for _, variable in nnx.to_flat_state(nnx.state(drawn, nnx.Param)):
+        assert np.all(np.asarray(variable[...]) != 0)
+    assert np.isfinite(np.asarray(drawn(jnp.asarray(IMAGES)))).all()
