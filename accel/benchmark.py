@@ -22,10 +22,17 @@ from accel.device_times import layer_seconds
 from accel.evaluation.forward import check_dtype, in_dtype
 from accel.files import write_whole
 from accel.inference import Inference, compile_inference
+from accel.peers import onnx_runner
 from accel.plan import AccelerationPlan, LayerPlan
 from accel.program import Program, named_layers, specification, trace
 from accel.progress import Progress
-from accel.report.benchmark import BatchBenchmark, Benchmark, LayerBenchmark, NetworkBenchmark
+from accel.report.benchmark import (
+    BatchBenchmark,
+    Benchmark,
+    LayerBenchmark,
+    NetworkBenchmark,
+    PeerBenchmark,
+)
 from accel.report.environment import device_name, versions
 from accel.rewrite import FactorizedConv
 
@@ -89,6 +96,7 @@ def benchmark(
     batch_sizes: Sequence[int] = (1, 8),
     seconds: float = 30.0,
     dtype: str = "float32",
+    onnx: Path | None = None,
     progress: Progress | None = None,
 ) -> Benchmark:
     """Measures what an acceleration gains on the default device, and writes it to a file.
@@ -108,13 +116,16 @@ def benchmark(
         seconds: Time for all timed runs of the networks, as in ``latency``. What compilation and
             the single layers take comes on top.
         dtype: What both networks compute in.
+        onnx: The original network as an ONNX file, to be timed in turns with both, in float32, by
+            ONNX Runtime.
         progress: Receives what is being measured.
 
     Raises:
         FileExistsError: If ``out`` exists.
         ValueError: If the folder holds no accelerated network or not what its original is built
             from, if the shape of the images is unknown or does not fit the network, if batch sizes
-            or seconds are not positive, or the type is unknown; before anything is measured.
+            or seconds are not positive, the type is unknown, or the ONNX file cannot be run; before
+            anything is measured.
     """
     _check_measurement("benchmark", batch_sizes, REPEATS, seconds)
     check_dtype(dtype)
@@ -136,6 +147,10 @@ def benchmark(
     macs_accelerated = count_conv_macs(accelerated, image)
     total, left = sum(macs_original.values()), sum(macs_accelerated.values())
     macs = {"original": total, "accelerated": left, "speedup": total / left}
+    peers: dict[int, dict[str, Callable[[], Any]]] = {
+        batch_size: {} if onnx is None else dict([onnx_runner(onnx, shape, batch_size)])
+        for batch_size in batch_sizes
+    }
     progress = progress or Progress()
     networks = {"original": original, "accelerated": accelerated}
     batches = []
@@ -144,7 +159,7 @@ def benchmark(
         progress.say(f"timing both networks at batch {batch_size}")
         images = jax.ShapeDtypeStruct((batch_size, *shape), np.float32)
         compiled = _compiled(networks, images.shape, dtype)
-        row = _timed(compiled, images.shape, REPEATS, seconds / len(batch_sizes))
+        row = _timed(compiled, images.shape, REPEATS, seconds / len(batch_sizes), peers[batch_size])
         whole = {name: _network_benchmark(name, compiled[name], row) for name in compiled}
         program = trace(original, images)
         not_timed |= program.left_out
@@ -174,6 +189,10 @@ def benchmark(
                 xla_speedup=flops / flops_left if flops and flops_left else None,
                 measured_speedup=row["speedup"],
                 measured_over_macs=row["speedup"] / macs["speedup"],
+                peers={
+                    name: PeerBenchmark(row[f"{name}_ms"], row[f"{name}_spread_ms"])
+                    for name in peers[batch_size]
+                },
                 layers=tuple(layers),
             )
         )
@@ -270,15 +289,19 @@ def _compiled(
 
 
 def _timed(
-    compiled: Mapping[str, Inference], shape: tuple[int, ...], repeats: int, seconds: float
+    compiled: Mapping[str, Inference],
+    shape: tuple[int, ...],
+    repeats: int,
+    seconds: float,
+    peers: Mapping[str, Callable[[], Any]] | None = None,
 ) -> dict[str, float]:
-    """A row of ``latency``."""
+    """A row of ``latency``, and the times of peers that take part in the turns."""
     images = jax.device_put(np.random.default_rng(0).standard_normal(shape, np.float32))
 
     def runner(network: Inference) -> Callable[[], Any]:
         return lambda: jax.block_until_ready(network(images))
 
-    runs = {name: runner(network) for name, network in compiled.items()}
+    runs = {name: runner(network) for name, network in compiled.items()} | dict(peers or {})
     milliseconds = _interleaved(runs, repeats, seconds)
     row: dict[str, float] = {}
     for name, times in milliseconds.items():

@@ -33,7 +33,8 @@ USAGE = """\
 usage: accel run CONFIG [--out DIR] [--smoke] [--FIELD VALUE ...]
        accel finetune FOLDER CONFIG [--out DIR] [--smoke] [--FIELD VALUE ...]
        accel benchmark FOLDER [--out FILE] [--batch-sizes N ...] [--seconds S]
-                       [--dtype TYPE] [--image-size HEIGHT WIDTH CHANNELS]
+                       [--dtype TYPE] [--onnx FILE]
+                       [--image-size HEIGHT WIDTH CHANNELS]
        accel table TABLE [CONFIG ...] [--out DIR] [--smoke] [--FIELD VALUE ...]
        accel convert FILE --model NAME --out DIR [--FIELD VALUE ...]
 
@@ -98,6 +99,7 @@ class MakeBenchmark:
         seconds: Time for all timed runs of the networks together; compilation and the single
             layers come on top.
         dtype: What both networks compute in: float32, bfloat16 or float16.
+        onnx: The original network as an ONNX file, to be timed beside both by ONNX Runtime.
         image_size: Height, width and channels of the images; by default those of the run, which
             folders of earlier versions do not say.
     """
@@ -107,6 +109,7 @@ class MakeBenchmark:
     batch_sizes: tuple[int, ...] = (1, 8)
     seconds: float = 30.0
     dtype: str = "float32"
+    onnx: Path | None = None
     image_size: tuple[int, ...] | None = None
 
 
@@ -216,6 +219,7 @@ def _benchmark(rest: Sequence[str]) -> int:
             batch_sizes=asked.batch_sizes,
             seconds=asked.seconds,
             dtype=asked.dtype,
+            onnx=asked.onnx,
             progress=progress,
         )
     Console().print(benchmark_summary(found))

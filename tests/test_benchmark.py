@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import networks
 import numpy as np
+import onnx
 import pytest
 from flax import nnx
 
@@ -186,6 +187,40 @@ def test_a_benchmark_holds_what_its_figures_come_from(accelerated_folder, timed_
     assert main(command) == 1
     assert f"{file} exists already; nothing is overwritten" in capfd.readouterr().err
     assert file.read_text() == written
+
+
+def onnx_file(file, shape):
+    """An ONNX file of a network that is one ReLU."""
+    value = onnx.helper.make_tensor_value_info
+    graph = onnx.helper.make_graph(
+        [onnx.helper.make_node("Relu", ["images"], ["outputs"])],
+        "relu",
+        [value("images", onnx.TensorProto.FLOAT, shape)],
+        [value("outputs", onnx.TensorProto.FLOAT, shape)],
+    )
+    opset = onnx.helper.make_opsetid("", 17)
+    onnx.save(onnx.helper.make_model(graph, opset_imports=[opset], ir_version=9), file)
+    return file
+
+
+def test_a_peer_takes_part_in_the_turns(accelerated_folder, timed_layers, tmp_path, capfd):
+    out = tmp_path / "benchmark.json"
+    command = ["benchmark", str(accelerated_folder), "--batch-sizes", "2", "--seconds", "0.2"]
+    channels_first = onnx_file(tmp_path / "first.onnx", ("n", 1, SIZE, SIZE))
+    assert main([*command, "--out", str(out), "--onnx", str(channels_first)]) == 0
+    (batch,) = json.loads(out.read_text())["batches"]
+    (name,) = batch["peers"]
+    assert name.startswith("ONNX Runtime 1.")
+    assert batch["peers"][name]["median_ms"] > 0
+    capfd.readouterr()
+
+    other = onnx_file(tmp_path / "other.onnx", (1, SIZE, SIZE, 1))
+    assert main([*command, "--out", str(tmp_path / "no.json"), "--onnx", str(other)]) == 1
+    assert "other.onnx: expected one input for images (2, 8, 8, 1)" in capfd.readouterr().err
+    other.write_text("no network")
+    assert main([*command, "--out", str(tmp_path / "no.json"), "--onnx", str(other)]) == 1
+    assert "other.onnx: ONNX Runtime cannot read it" in capfd.readouterr().err
+    assert not (tmp_path / "no.json").exists()
 
 
 def test_an_older_folder_needs_the_shape_of_its_images(

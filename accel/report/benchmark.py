@@ -29,6 +29,19 @@ class NetworkBenchmark:
 
 
 @dataclasses.dataclass(frozen=True)
+class PeerBenchmark:
+    """The original network in another runtime, timed in turns with both networks.
+
+    Attributes:
+        median_ms: Median time of a batch in milliseconds.
+        interquartile_range_ms: Upper less lower quartile of these times.
+    """
+
+    median_ms: float
+    interquartile_range_ms: float
+
+
+@dataclasses.dataclass(frozen=True)
 class LayerBenchmark:
     """One convolution and what stands in its place, timed by themselves on batches of one size.
 
@@ -71,6 +84,7 @@ class BatchBenchmark:
         xla_speedup: ``xla_flops``, original over accelerated; None where the backend does not tell.
         measured_speedup: Median times, original over accelerated.
         measured_over_macs: ``measured_speedup`` over ``macs_speedup``.
+        peers: The original network in other runtimes, by their names.
         layers: Every convolution, in order of execution.
     """
 
@@ -82,6 +96,7 @@ class BatchBenchmark:
     xla_speedup: float | None
     measured_speedup: float
     measured_over_macs: float
+    peers: Mapping[str, PeerBenchmark]
     layers: tuple[LayerBenchmark, ...]
 
 

@@ -78,6 +78,14 @@ def benchmark_summary(benchmark: Benchmark) -> RenderableType:
                 _or_untold(times.xla_flops, 1e-9, ",.3f"),
                 _or_untold(times.xla_temporary_bytes, 1 / 2**20, ",.2f"),
             )
+        for name, peer in batch.peers.items():
+            networks.add_row(
+                str(batch.batch_size),
+                f"original, {name}",
+                f"{peer.median_ms:,.3f}",
+                f"{peer.interquartile_range_ms:,.3f}",
+                str(batch.runs),
+            )
         speedups.add_row(
             str(batch.batch_size),
             f"{batch.macs_speedup:.2f}×",
