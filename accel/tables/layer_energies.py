@@ -88,7 +88,7 @@ class LayerEnergies(Table):
             "spectrum": [float(f"{value:.{DIGITS}g}") for value in spectrum],
         }
 
-    def markdown(self, lines: Sequence[Line]) -> str:
+    def markdown(self, lines: Sequence[Line], devices: Sequence[str]) -> str:
         names = [layer["path"] for layer in lines[0]["layers"]]
         widths = {layer["path"]: layer["width"] for layer in lines[0]["layers"]}
         whole, network = sum(widths.values()), []

@@ -107,7 +107,7 @@ class RankSelection(Table):
                     "memory": dict(result.report.memory),
                 }
 
-    def markdown(self, lines: Sequence[Line]) -> str:
+    def markdown(self, lines: Sequence[Line], devices: Sequence[str]) -> str:
         def row(line: Line) -> tuple[str, ...]:
             inputs = "asymmetric" if line["asymmetric"] else "symmetric"
             return (line["solver"], inputs, line["ranks"])

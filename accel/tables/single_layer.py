@@ -181,7 +181,7 @@ class SingleLayer(Table):
             "seconds": {"solve": time.perf_counter() - began},
         }
 
-    def markdown(self, lines: Sequence[Line]) -> str:
+    def markdown(self, lines: Sequence[Line], devices: Sequence[str]) -> str:
         names = {ORIGINAL: "symmetric", ACCELERATED: "asymmetric", None: ""}
         fed_by = {ORIGINAL: "the original", ACCELERATED: "the accelerated"}
         text = []

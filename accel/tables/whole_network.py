@@ -9,6 +9,8 @@ One calibration for each seed and set of decompositions, and one set of error cu
 speedups. The plain network of a cell is kept in the folder as long as a stage has to start from it:
 a run that was stopped in hours of training does not calibrate again, and all stages start from the
 same file. Where it is gone, because stages were asked for later, it is made once more by its seed.
+
+Times follow the cells, at the experiment's ``latency_batches`` (see ``accel.tables.times``).
 """
 
 from __future__ import annotations
@@ -22,13 +24,13 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, final
+from typing import ClassVar, final
 
 import jax
 from flax import nnx
 
 from accel.accelerate import Result, reconstruct
-from accel.benchmark import latency
+from accel.benchmark import REPEATS, check_measurement
 from accel.calibration import ALL_KINDS, Calibration
 from accel.checkpoint import load_model, save_model
 from accel.data import PixelSource
@@ -54,6 +56,7 @@ from accel.tables.grid import (
     pivot,
     seeds_text,
 )
+from accel.tables.times import times_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,11 +129,16 @@ class WholeNetwork(Table):
         unused = set() if stages.intersection(TRAINED) else {"training"}
         return unused if "repair" in stages else {*unused, "repair"}
 
+    def timed_batches(self) -> tuple[int, ...]:
+        return self.experiment.latency_batches
+
     def check(self, original: nnx.Module, images: PixelSource) -> None:
         check_names("method", self.methods, METHODS)
         check_names("stage", self.stages, STAGES)
         for speedup in self.speedups:
             check_speedup("speedup", speedup)
+        if batch_sizes := self.timed_batches():
+            check_measurement("latency", batch_sizes, REPEATS, self.experiment.latency_seconds)
         self.experiment.limited(self.experiment.evaluation)
         if not set(self.stages).intersection(TRAINED):
             return
@@ -196,7 +204,7 @@ class WholeNetwork(Table):
         if not line_file.exists():
             plain, result = self._accelerated(start, calibration(), sensitivity, curves, progress)
             if missing == [PLAIN]:
-                yield self._evaluated(plain, start, result.model, timed=True)
+                yield self._evaluated(plain, start, result.model)
                 return
             shutil.rmtree(model_folder, ignore_errors=True)
             save_model(model_folder, result.model, self.experiment.model, result.plan)
@@ -205,7 +213,7 @@ class WholeNetwork(Table):
         plain, model = json.loads(line_file.read_text()), load_model(model_folder)
         for stage in missing:
             if stage == PLAIN:
-                yield self._evaluated(plain, start, model, timed=True)
+                yield self._evaluated(plain, start, model)
                 continue
             checkpoints = folder / stage
             progress.say(f"{start.method}, {start.speedup:g}×, seed {start.seed}: {stage}")
@@ -220,7 +228,7 @@ class WholeNetwork(Table):
                 ],
                 **told,
             }
-            yield self._evaluated(line, start, after, timed=False)
+            yield self._evaluated(line, start, after)
             shutil.rmtree(checkpoints, ignore_errors=True)
 
     def _accelerated(
@@ -296,26 +304,14 @@ class WholeNetwork(Table):
         history = [dataclasses.asdict(epoch) for epoch in trained.history]
         return trained.model, {"history": history, "seconds": {stage: seconds}}
 
-    def _evaluated(self, line: Line, start: _Start, model: nnx.Module, *, timed: bool) -> Line:
-        """The line with metrics and, where ``timed``, the latency.
-
-        Stages leave the network's shape as it is, so that timing the plain one is enough.
-        """
+    def _evaluated(self, line: Line, start: _Start, model: nnx.Module) -> Line:
+        """The line with the metrics."""
         began = time.perf_counter()
         metrics = self.experiment.evaluate(start.original, model, start.before)
         seconds = {**line["seconds"], "evaluate": time.perf_counter() - began}
-        times: dict[str, Any] = {}
-        if timed and self.experiment.latency_batches:
-            times["latency"] = latency(
-                start.original,
-                model,
-                start.images.image_shape,
-                batch_sizes=self.experiment.latency_batches,
-                seconds=self.experiment.latency_seconds,
-            )
-        return {**line, "metrics": metrics, "seconds": seconds, **times}
+        return {**line, "metrics": metrics, "seconds": seconds}
 
-    def markdown(self, lines: Sequence[Line]) -> str:
+    def markdown(self, lines: Sequence[Line], devices: Sequence[str]) -> str:
         methods = list(METHODS)
         ordered = sorted(
             lines, key=lambda line: (methods.index(line["method"]), STAGES.index(line["stage"]))
@@ -323,27 +319,35 @@ class WholeNetwork(Table):
         several = len({line["stage"] for line in lines}) > 1
         names = ("method", "stage") if several else ("method",)
         text = metric_tables(ordered, names, lambda line: tuple(line[name] for name in names))
-        timed = [line for line in ordered if "latency" in line]
-        for batch in dict.fromkeys(batch for line in timed for batch in line["latency"]):
-            having = [line for line in timed if batch in line["latency"]]
-            text += [
-                f"**measured speedup**, batch {batch}, {seeds_text(having)}\n",
-                pivot(
-                    ("method",),
-                    [
-                        Entry(
-                            (line["method"],),
-                            line["speedup"],
-                            line["seed"],
-                            line["latency"][batch]["speedup"],
-                        )
-                        for line in having
-                    ],
-                    lambda speedup: f"{speedup:g}×",
-                    ".2f",
-                ),
-            ]
-        return "\n".join(text)
+        # Stages leave the network's shape as it is.
+        plain = [line for line in ordered if line["stage"] == PLAIN]
+        return "\n".join([*text, *_time_tables(plain, devices)])
+
+
+def _time_tables(lines: Sequence[Line], devices: Sequence[str]) -> list[str]:
+    """For every batch size, and every device that it was timed on, a table of measured speedups."""
+    timed: dict[tuple[int, str], list[tuple[Line, float]]] = {}
+    for line in lines:
+        for batch_size, row in times_of(line).items():
+            place = int(batch_size), devices[int(row["environment"])]
+            timed.setdefault(place, []).append((line, row["speedup"]))
+    text = []
+    for (batch_size, device), having in sorted(timed.items(), key=lambda item: item[0]):
+        text += [
+            f"**measured speedup at batch {batch_size}** (time of the original / time of the"
+            f" accelerated network) on {device}, {seeds_text([line for line, _ in having])};"
+            " columns: speedup in MACs\n",
+            pivot(
+                ("method",),
+                [
+                    Entry((line["method"],), line["speedup"], line["seed"], speedup)
+                    for line, speedup in having
+                ],
+                lambda speedup: f"{speedup:g}×",
+                ".2f",
+            ),
+        ]
+    return text
 
 
 @dataclasses.dataclass(frozen=True)

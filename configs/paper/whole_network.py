@@ -18,6 +18,13 @@ on ImageNet, the latter with the paper's settings for training:
         --weights FILE --calibration.data-dir DIR --evaluation.data-dir DIR \\
         --training.images.data-dir DIR --training.held-back.data-dir DIR
 
+Networks are timed after the cells, each in turns with the original. Without any number after
+``--latency-batches`` they are not; called again with the same ``--out`` on an idle machine, with
+
+    --latency-batches 1 8
+
+the command times them by their recorded plans, and measures nothing else again.
+
 The rows are explained in ``accel/tables/whole_network.py``; ``--methods`` chooses among them.
 """
 
