@@ -12,6 +12,7 @@ from accel.device_times import LayerTimes, measure_times
 from accel.finetune import FinetuneResult, finetune
 from accel.images import ArraySource, ImageSource
 from accel.latency_budget import TimedPlan, select_for_latency
+from accel.loss_budget import AllowedLoss, Probe, WithinLoss, search_within_loss
 from accel.models import ModelSpec
 from accel.plan import AccelerationPlan, LayerPlan
 from accel.progress import ConsoleProgress, Progress
@@ -29,6 +30,7 @@ from accel.selection import (
 
 __all__ = [
     "AccelerationPlan",
+    "AllowedLoss",
     "ArraySource",
     "Calibration",
     "ConsoleProgress",
@@ -39,11 +41,13 @@ __all__ = [
     "LayerReport",
     "LayerTimes",
     "ModelSpec",
+    "Probe",
     "Progress",
     "Refitted",
     "Report",
     "Result",
     "TimedPlan",
+    "WithinLoss",
     "accelerate",
     "calibrate",
     "count_conv_macs",
@@ -59,6 +63,7 @@ __all__ = [
     "refit",
     "reinitialized",
     "save_model",
+    "search_within_loss",
     "select_by_parameters",
     "select_by_time",
     "select_for_latency",

@@ -46,7 +46,8 @@ TableKind = TypeVar("TableKind", bound="Table")
 VARIED = (
     *("speedup", "decompositions", "reconstruction", "solver", "asymmetric"),
     *("rank_selection", "dense_speedup", "latency_speedup", "latency_ms", "latency_batch"),
-    *("parameter_ratio", "allowed_error", "seed", "second_sweep", "distillation"),
+    *("parameter_ratio", "allowed_error", "allowed_disagreement"),
+    *("seed", "second_sweep", "distillation"),
 )
 
 
