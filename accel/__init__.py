@@ -13,6 +13,7 @@ from accel.finetune import FinetuneResult, finetune
 from accel.images import ArraySource, ImageSource
 from accel.inference import Inference, compile_inference
 from accel.latency_budget import select_for_latency
+from accel.loss_budget import AllowedLoss, Probe, WithinLoss, search_within_loss
 from accel.models import ModelSpec
 from accel.plan import AccelerationPlan, LayerPlan
 from accel.progress import ConsoleProgress, Progress
@@ -32,6 +33,7 @@ from accel.timed_plan import TimedPlan
 
 __all__ = [
     "AccelerationPlan",
+    "AllowedLoss",
     "ArraySource",
     "Calibration",
     "ConsoleProgress",
@@ -43,11 +45,13 @@ __all__ = [
     "LayerReport",
     "LayerTimes",
     "ModelSpec",
+    "Probe",
     "Progress",
     "Refitted",
     "Report",
     "Result",
     "TimedPlan",
+    "WithinLoss",
     "accelerate",
     "calibrate",
     "compile_inference",
@@ -65,6 +69,7 @@ __all__ = [
     "refit",
     "reinitialized",
     "save_model",
+    "search_within_loss",
     "select_by_parameters",
     "select_by_time",
     "select_for_latency",

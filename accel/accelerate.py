@@ -4,6 +4,8 @@
 (``calibrate``), chooses kind and ranks of all layers at once (``select_ranks``), and then replaces
 one convolution after the other in order of execution, each fitted to the original's responses
 through the nonlinearity, from what the already accelerated network feeds it (``reconstruct``).
+Where a loss is allowed instead of a speedup asked for, the last two steps are repeated until the
+loss is the one that was allowed (``search_within_loss``).
 Zhang, Zou, He, Sun, arXiv:1505.06798, sections 3.1 to 3.5.
 """
 
@@ -13,7 +15,9 @@ import dataclasses
 import hashlib
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -24,6 +28,7 @@ from accel.calibration import ALL_KINDS, Calibration, calibrate, layer_kinds
 from accel.cost import count_conv_macs, count_dense_macs
 from accel.decompositions import DECOMPOSITIONS, Split, Weights
 from accel.images import ImageSource
+from accel.loss_budget import search_within_loss
 from accel.memory import peak_bytes, release_free_memory
 from accel.plan import AccelerationPlan, LayerPlan
 from accel.program import LayerCall, named_layers, specification
@@ -78,6 +83,7 @@ def accelerate(
     latency_batch: int = 1,
     parameter_ratio: float | None = None,
     allowed_error: float | None = None,
+    allowed_disagreement: float | None = None,
     positions_per_image: int = 10,
     batch_size: int = 16,
     cache_bytes: int | None = None,
@@ -117,8 +123,11 @@ def accelerate(
         latency_batch: Images per batch in these measurements.
         parameter_ratio: A budget in parameters instead of ``speedup``: those of all convolutions
             now over those wanted.
-        allowed_error: Instead of ``speedup``, the largest relative squared error of the outputs, to
-            first order by the measured errors of single layers: the cheapest plan within it. Of
+        allowed_error: Instead of ``speedup``, the largest relative squared error of the outputs,
+            Σ‖f - g‖²/Σ‖f‖², measured on the calibration images that are not fitted to: the network
+            of fewest MACs within it is searched for (``accel.loss_budget``).
+        allowed_disagreement: Likewise, the largest share of these images whose top-1 class changes;
+            0 for none. For networks that answer an image with a row of two numbers or more. Of
             this and the budgets above one at most can be given; they need ``measured_error``.
         positions_per_image: Output positions sampled per image and layer.
         batch_size: Images per batch while calibrating.
@@ -126,7 +135,8 @@ def accelerate(
             available. Less costs time, not accuracy.
         seed: Seed of all that is drawn.
         resume: A folder that keeps each layer's solution as soon as it is found, so that a run that
-            was stopped goes on there when it is called again with the same arguments.
+            was stopped goes on there when it is called again with the same arguments; of a search,
+            also what networks lose that were solved and measured.
         progress: Receives what the run is doing.
 
     Raises:
@@ -138,8 +148,18 @@ def accelerate(
         check_speedup("dense_speedup", dense_speedup)
     chosen_solver = solver_named(solver)
     _check_reconstruction(reconstruction, chosen_solver)
-    budget = Budget(latency_speedup, latency_ms, parameter_ratio, allowed_error, latency_batch)
+    budget = Budget(
+        latency_speedup=latency_speedup,
+        latency_ms=latency_ms,
+        parameter_ratio=parameter_ratio,
+        allowed_error=allowed_error,
+        allowed_disagreement=allowed_disagreement,
+        latency_batch=latency_batch,
+    )
     budget.check(rank_selection, dense_speedup)
+    allowed_loss = budget.allowed_loss
+    if allowed_loss is not None:
+        allowed_loss.check(model, images)
     calibration = calibrate(
         model,
         images,
@@ -158,34 +178,50 @@ def accelerate(
         sensitivity = measure_sensitivity(calibration, progress=progress)
     if rank_selection == MEASURED_ERROR:
         curves = measure_errors(calibration, sensitivity, progress=progress)
-    timed: dict[str, float] = {}
-    if budget.given and curves is not None:
-        plan, timed = budget.select(
-            calibration, model, curves, rules=rules, resume=resume, progress=progress
-        )
-    else:
-        plan = select_ranks(
-            calibration,
-            speedup,
-            rank_selection=rank_selection,
-            rules=rules,
-            curves=curves,
-            dense_speedup=dense_speedup,
-        )
-    selected = time.perf_counter() - start
-    result = reconstruct(
-        calibration,
-        plan,
+    reconstructed = partial(
+        reconstruct,
         reconstruction=reconstruction,
         solver=chosen_solver,
         asymmetric=asymmetric,
         sensitivity=sensitivity,
-        resume=resume,
         progress=progress,
     )
+    found: dict[str, Any] = {}
+    if allowed_loss is not None and curves is not None:
+        searched = search_within_loss(
+            calibration,
+            model,
+            allowed_loss,
+            curves,
+            reconstructed,
+            rules=rules,
+            resume=resume,
+            progress=progress,
+        )
+        result, found = searched.result, {"loss_search": searched.figures()}
+        # Networks that were solved on the way belong to the choice of the one that is returned.
+        solved = result.report.seconds["total"] - calibration.seconds
+        selected = time.perf_counter() - start - solved
+    else:
+        if budget.given and curves is not None:
+            plan, timed = budget.select(
+                calibration, model, curves, rules=rules, resume=resume, progress=progress
+            )
+            found = {"planned_latency": timed} if timed else {}
+        else:
+            plan = select_ranks(
+                calibration,
+                speedup,
+                rank_selection=rank_selection,
+                rules=rules,
+                curves=curves,
+                dense_speedup=dense_speedup,
+            )
+        selected = time.perf_counter() - start
+        result = reconstructed(calibration, plan, resume=resume)
     settings = {
         **(budget.given or {"speedup": speedup}),
-        **({"planned_latency": timed} if timed else {}),
+        **found,
         "rank_selection": rank_selection,
         "rules": dict(rules or {}),
         "dense_speedup": dense_speedup,

@@ -1,9 +1,8 @@
-"""Budgets other than MACs: in measured time, in parameters, in error that is allowed."""
+"""Budgets other than MACs: in measured time, in parameters, in loss that is allowed."""
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import math
 from collections.abc import Mapping
@@ -16,10 +15,11 @@ from accel.device_times import TimeCache, default_cache
 from accel.error_curves import ErrorCurve
 from accel.files import write_whole
 from accel.latency_budget import select_for_latency
+from accel.loss_budget import ALLOWED_DISAGREEMENT, ALLOWED_ERROR, AllowedLoss
 from accel.plan import AccelerationPlan
 from accel.progress import Progress
 from accel.rank_selection import Rules, check_speedup
-from accel.selection import MEASURED_ERROR, select_by_parameters, select_within_error
+from accel.selection import MEASURED_ERROR, choice_digest, select_by_parameters
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +30,8 @@ class Budget:
         latency_speedup: The original's time for a batch over that of the accelerated network.
         latency_ms: The accelerated network's time for a batch, in milliseconds.
         parameter_ratio: Parameters of all convolutions now over those wanted.
-        allowed_error: The largest sum of the measured errors of the layers.
+        allowed_error: The largest relative squared error of the outputs on held-back images.
+        allowed_disagreement: The largest share of these images whose top-1 class changes.
         latency_batch: Images per batch where time is measured.
     """
 
@@ -38,6 +39,7 @@ class Budget:
     latency_ms: float | None = None
     parameter_ratio: float | None = None
     allowed_error: float | None = None
+    allowed_disagreement: float | None = None
     latency_batch: int = 1
 
     @property
@@ -46,6 +48,18 @@ class Budget:
         named = dataclasses.asdict(self)
         del named["latency_batch"]
         return {name: value for name, value in named.items() if value is not None}
+
+    @property
+    def allowed_loss(self) -> AllowedLoss | None:
+        """The budget that only a search keeps (``search_within_loss``), where it is one of these.
+
+        ``select`` chooses the plan of all others.
+        """
+        if self.allowed_error is not None:
+            return AllowedLoss(ALLOWED_ERROR, self.allowed_error)
+        if self.allowed_disagreement is not None:
+            return AllowedLoss(ALLOWED_DISAGREEMENT, self.allowed_disagreement)
+        return None
 
     def check(self, rank_selection: str, dense_speedup: float | None) -> None:
         """Raises ValueError where the budget is none or does not go with the rest."""
@@ -58,6 +72,9 @@ class Budget:
         ((name, value),) = self.given.items()
         if name in ("latency_speedup", "parameter_ratio"):
             check_speedup(name, value)
+        elif name == ALLOWED_DISAGREEMENT:
+            if not 0 <= value <= 1:
+                raise ValueError(f"{name} is a share from 0 to 1, found {value}")
         elif not (value > 0 and math.isfinite(value)):
             raise ValueError(f"{name} is a finite number above 0, found {value}")
         if rank_selection != MEASURED_ERROR:
@@ -80,7 +97,7 @@ class Budget:
         resume: Path | None = None,
         progress: Progress | None = None,
     ) -> tuple[AccelerationPlan, dict[str, float]]:
-        """The plan that keeps the budget, and what was timed, if anything was.
+        """The plan that keeps a budget in time or parameters, and what was timed, if anything was.
 
         Args:
             calibration: From ``calibrate``.
@@ -96,9 +113,7 @@ class Budget:
         """
         if self.parameter_ratio is not None:
             return select_by_parameters(calibration, self.parameter_ratio, curves, rules=rules), {}
-        if self.allowed_error is not None:
-            return select_within_error(calibration, self.allowed_error, curves, rules=rules), {}
-        digest = self._digest(curves, rules or {})
+        digest = choice_digest(self, curves, rules or {})
         kept = None if resume is None else resume / "timed_plan.json"
         if kept is not None and kept.exists():
             content = json.loads(kept.read_text())
@@ -118,11 +133,3 @@ class Budget:
             content = {"digest": digest, "figures": found.figures(), "plan": found.plan.to_json()}
             write_whole(kept, json.dumps(content))
         return found.plan, found.figures()
-
-    def _digest(self, curves: Mapping[str, ErrorCurve], rules: Rules) -> str:
-        """Tells this choice from every other: the errors hang on network, images and kinds."""
-        digest = hashlib.sha256(repr((self, sorted(rules.items()))).encode())
-        for path, curve in sorted(curves.items()):
-            digest.update(f"{path} {curve.candidates}".encode())
-            digest.update(curve.errors.tobytes())
-        return digest.hexdigest()

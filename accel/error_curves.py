@@ -26,6 +26,7 @@ from jaxtyping import Array, Float, Float64
 from accel.decompositions import Decomposition, Structure
 from accel.decompositions.split import Cutter
 from accel.images import ArraySource
+from accel.plan import LayerPlan
 from accel.program import LayerCall, Program, specification
 from accel.progress import Progress
 from accel.rank_selection import Candidate
@@ -60,6 +61,18 @@ class ErrorCurve:
     candidates: tuple[Candidate, ...]
     macs: np.ndarray
     errors: Float64[np.ndarray, " k"]
+
+    def of(self, layer: LayerPlan) -> float:
+        """The error that a layer causes with what a plan makes of it: 0 where it stays as it is.
+
+        Raises:
+            ValueError: If the plan's chain is none of the candidates.
+        """
+        if layer.decomposition is None:
+            return 0.0
+        return float(
+            self.errors[self.candidates.index(Candidate(layer.decomposition, layer.ranks))]
+        )
 
 
 def spatial_sizes(call: LayerCall) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -218,8 +218,10 @@ class Experiment:
         rank_selection: Name of the rank selection.
         rules: Layers by path pattern: ``dense``, or a rank.
         dense_speedup: Speedup of the dense layers, in their own MACs; None leaves them alone.
-        latency_speedup, latency_ms, latency_batch, parameter_ratio, allowed_error: Other budgets,
-            one at most, in place of ``speedup``.
+        latency_speedup, latency_ms, latency_batch, parameter_ratio: Other budgets, in place of
+            ``speedup``; of these and the next, one at most.
+        allowed_error, allowed_disagreement: The loss that is allowed, on calibration images that
+            are held back from fitting, in place of ``speedup``.
         positions_per_image: Sampled output positions per image and layer.
         batch_size: Images per batch in calibration and evaluation.
         seed: Seed of all that is drawn.
@@ -252,6 +254,7 @@ class Experiment:
     latency_batch: int = 1
     parameter_ratio: float | None = None
     allowed_error: float | None = None
+    allowed_disagreement: float | None = None
     positions_per_image: int = 10
     batch_size: int = 16
     seed: int = 0
@@ -284,6 +287,7 @@ class Experiment:
             latency_ms=None,
             parameter_ratio=None,
             allowed_error=None,
+            allowed_disagreement=None,
         )
 
     def load_model(self) -> nnx.Module:
@@ -331,6 +335,7 @@ class Experiment:
             latency_batch=self.latency_batch,
             parameter_ratio=self.parameter_ratio,
             allowed_error=self.allowed_error,
+            allowed_disagreement=self.allowed_disagreement,
             positions_per_image=self.positions_per_image,
             batch_size=self.batch_size,
             seed=self.seed,

@@ -7,6 +7,7 @@ one kind. Dense layers have a budget of their own.
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 
@@ -246,7 +247,7 @@ def select_within_error(
     """The plan of fewest MACs whose measured errors add up to no more than ``allowed_error``.
 
     To first order that is the relative squared error of the network's outputs; errors that grow in
-    the layers after them are not in it.
+    the layers after them are not in it. ``search_within_loss`` measures what becomes of them.
 
     Args:
         calibration: From ``calibrate``.
@@ -259,19 +260,9 @@ def select_within_error(
     """
 
     layers = _layer_errors(calibration, curves, rules or {}, _macs_of(calibration, curves))
-
-    def best(budget: int) -> tuple[float, dict[str, Candidate | None]]:
-        chosen = measured_error(layers, 0, budget)
-        errors = (
-            layer.errors[layer.candidates.index(candidate)]
-            for layer in layers
-            if (candidate := chosen[layer.path]) is not None
-        )
-        return math.fsum(errors), chosen
-
     # The least error falls with the budget, so that bisection finds the cheapest one.
     high = sum(layer.dense_cost for layer in layers)
-    least, chosen = best(high)
+    least, chosen = _least_error(layers, high)
     if least > allowed_error:
         raise ValueError(
             f"an allowed_error of {allowed_error:g} cannot be kept: with the ranks that rules fix,"
@@ -281,7 +272,7 @@ def select_within_error(
     while high - low > 1:
         middle = (low + high) // 2
         try:
-            error, found = best(middle)
+            error, found = _least_error(layers, middle)
         except ValueError:
             low = middle
             continue
@@ -290,6 +281,43 @@ def select_within_error(
         else:
             low = middle
     return _plan(calibration, chosen, rules or {})
+
+
+def reachable_errors(
+    calibration: Calibration, curves: Mapping[str, ErrorCurve], *, rules: Rules | None = None
+) -> tuple[float, float]:
+    """The least sum of errors of a plan that replaces a layer, and that of the cheapest plan.
+
+    Between them ``select_within_error`` has plans to choose from; the arguments are the same.
+
+    Raises:
+        ValueError: If no layer can be replaced; only rules can bring that about.
+    """
+    layers = _layer_errors(calibration, curves, rules or {}, _macs_of(calibration, curves))
+    dense = sum(layer.dense_cost for layer in layers)
+    return _least_error(layers, dense - 1)[0], _least_error(layers, least_cost(layers))[0]
+
+
+def _least_error(
+    layers: Sequence[LayerErrors], budget: int
+) -> tuple[float, dict[str, Candidate | None]]:
+    """The least sum of errors that costs no more than the budget, and what it chooses."""
+    chosen = measured_error(layers, 0, budget)
+    errors = (
+        layer.errors[layer.candidates.index(candidate)]
+        for layer in layers
+        if (candidate := chosen[layer.path]) is not None
+    )
+    return math.fsum(errors), chosen
+
+
+def choice_digest(asked: object, curves: Mapping[str, ErrorCurve], rules: Rules) -> str:
+    """Tells a choice of plans from every other: the errors hang on network, images and kinds."""
+    digest = hashlib.sha256(repr((asked, sorted(rules.items()))).encode())
+    for path, curve in sorted(curves.items()):
+        digest.update(f"{path} {curve.candidates}".encode())
+        digest.update(curve.errors.tobytes())
+    return digest.hexdigest()
 
 
 def _layer_errors(
