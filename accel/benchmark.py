@@ -22,6 +22,7 @@ from accel.device_times import layer_seconds
 from accel.evaluation.forward import check_dtype, in_dtype
 from accel.files import write_whole
 from accel.inference import Inference, compile_inference
+from accel.memory import stop_keeping_free_memory
 from accel.peers import onnx_runner
 from accel.plan import AccelerationPlan, LayerPlan
 from accel.program import Program, named_layers, specification, trace
@@ -81,10 +82,14 @@ def latency(
     networks = {"original": original, "accelerated": accelerated}
     share = seconds / len(batch_sizes)
     shapes = [(batch_size, *image_shape) for batch_size in batch_sizes]
-    return {
-        str(shape[0]): _timed(_compiled(networks, shape, dtype), shape, repeats, share)
-        for shape in shapes
-    }
+    try:
+        return {
+            str(shape[0]): _timed(_compiled(networks, shape, dtype), shape, repeats, share)
+            for shape in shapes
+        }
+    finally:
+        # What comes after may be calibration or solving, which need all the memory there is.
+        stop_keeping_free_memory()
 
 
 def benchmark(

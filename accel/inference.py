@@ -2,8 +2,10 @@
 
 What was found by measurement on CPU (XLA of jaxlib 0.10, the body of VGG-16, two cores): where
 weights are constants of the program the compiler packs them once; where they are arguments it packs
-them anew at every run, which costs the narrow layers of an accelerated network most. On other
-devices nothing of the kind has been measured, and weights are arguments.
+them anew at every run, which costs the narrow layers of an accelerated network most. Memory that a
+run frees has to stay with the process, or the next one begins with page faults
+(``keep_free_memory``). On other devices nothing of the kind has been measured, and weights are
+arguments.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import numpy as np
 from flax import nnx
 
 from accel.evaluation.forward import Forward, forward_function
+from accel.memory import keep_free_memory
 
 # Beyond this much, compiling a program with its weights inside takes too long (about 10 s for half
 # of it) and several times the memory.
@@ -28,6 +31,9 @@ CONSTANT_BYTES = 2**30
 @dataclasses.dataclass(frozen=True)
 class Inference:
     """A network compiled for batches of one shape; called with such a batch it gives the outputs.
+
+    Once it was called the process keeps memory that it frees, for the next run, until
+    ``accel.memory.stop_keeping_free_memory`` is called.
 
     Attributes:
         program: What the compiler made of it.
@@ -41,6 +47,7 @@ class Inference:
     seconds: float
 
     def __call__(self, images: Any) -> Any:
+        keep_free_memory()
         return self.program(*self.arguments, images)
 
 

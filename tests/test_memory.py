@@ -1,5 +1,7 @@
 """The memory that a machine's files tell of, and the memory that runs leave behind."""
 
+import ctypes
+import resource
 import sys
 
 import networks
@@ -8,7 +10,13 @@ import pytest
 from monitoring import compilations
 
 from accel import calibrate, reconstruct, select_ranks
-from accel.memory import available_bytes, release_free_memory, resident_bytes
+from accel.memory import (
+    available_bytes,
+    keep_free_memory,
+    release_free_memory,
+    resident_bytes,
+    stop_keeping_free_memory,
+)
 
 MIB = 2**20
 
@@ -97,6 +105,27 @@ def test_free_memory_between_what_is_in_use_is_handed_back():
     release_free_memory()
     assert resident_bytes() < before - 40 * MIB
     assert all(block.all() for block in kept)
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="not glibc")
+def test_memory_that_is_kept_is_not_faulted_in_again():
+    """A page is 4 KiB: 64 MiB from the system are 16,384 of them, touched one by one."""
+
+    def faults():
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        for _ in range(4):
+            np.ones(2**26, np.uint8)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    try:
+        keep_free_memory()
+        faults()
+        kept = faults()
+    finally:
+        stop_keeping_free_memory()
+    assert kept < 100
+    # Huge pages are faulted in by 2 MiB.
+    assert faults() >= 4 * 2**26 / 2**21
 
 
 @pytest.mark.parametrize("kind", ["channel", "channel_spatial"])
