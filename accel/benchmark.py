@@ -21,7 +21,7 @@ from accel.cost import count_conv_macs
 from accel.device_times import layer_seconds
 from accel.evaluation.forward import check_dtype, in_dtype
 from accel.files import write_whole
-from accel.inference import Inference, compile_inference
+from accel.inference import Inference, compile_inference, with_any_weights
 from accel.memory import stop_keeping_free_memory
 from accel.peers import onnx_runner
 from accel.plan import AccelerationPlan, LayerPlan
@@ -148,7 +148,8 @@ def benchmark(
     image = jax.ShapeDtypeStruct((1, *shape), np.float32)
     # Of the abstract network, so that a shape which does not fit shows before weights are read.
     macs_original = count_conv_macs(nnx.eval_shape(spec.build), image)
-    original, accelerated = spec.build(), load_model(model_folder)
+    original = with_any_weights(spec.build())
+    accelerated = load_model(model_folder)
     macs_accelerated = count_conv_macs(accelerated, image)
     total, left = sum(macs_original.values()), sum(macs_accelerated.values())
     macs = {"original": total, "accelerated": left, "speedup": total / left}

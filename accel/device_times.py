@@ -1,12 +1,13 @@
 """Times of single layers and of the chains that could replace them, on the device at hand.
 
-A layer is timed with its bias and the activation that follows, inside a loop of one compiled
-program: no dispatch, and no fresh memory for its outputs, is in the time, just as in the middle of
-a network. Of each kind of chain a few ranks are timed; between them times are interpolated. What
-was timed once is kept on disk, by device, versions and shapes.
+A layer is timed with the activation that follows inside a loop of one compiled program: no
+dispatch, and no fresh memory for its outputs, is in the time, just as in the middle of a network.
+(The compiler may leave out most of the last bias and activation, of which one number is used.) Of
+each kind of chain a few ranks are timed; between them times are interpolated. What was timed once
+is kept on disk, by device, versions and shapes.
 
-Times of layers do not quite add up to that of a network, whose compiler fuses across them. So they
-only propose plans; ``accel.latency_budget`` times each plan as a whole and corrects them.
+Times of layers do not quite add up to that of a network, whose compiler fuses across them. So
+``accel.time_correction`` corrects them, and ``accel.latency_budget`` times each plan as a whole.
 """
 
 from __future__ import annotations

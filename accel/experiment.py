@@ -408,6 +408,12 @@ def run(experiment: Experiment, name: str, out: Path, progress: Progress) -> Res
     if experiment.second_sweep < 0:
         raise ValueError(f"second_sweep is 0 or more, found {experiment.second_sweep}")
     check_dtype(experiment.inference_dtype)
+    by_time = (experiment.latency_speedup, experiment.latency_ms) != (None, None)
+    if by_time and experiment.inference_dtype is not None:
+        raise ValueError(
+            "plans by time are timed in the network's own types: inference_dtype of"
+            f" {experiment.inference_dtype} cannot be given with latency_speedup or latency_ms"
+        )
     original = experiment.load_model()
     images = experiment.limited(experiment.calibration)
     experiment.limited(experiment.evaluation)  # What is wrong with it shows now.

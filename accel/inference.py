@@ -90,7 +90,8 @@ def with_any_weights(model: nnx.Module) -> nnx.Module:
     for _, variable in nnx.to_flat_state(nnx.state(drawn, nnx.Param)):
         if jnp.issubdtype(variable.dtype, jnp.floating):
             # By the number of inputs of an output, so that nothing grows out of bounds.
-            scale = max(1, variable.size // variable.shape[-1]) ** -0.5
-            values = scale * random.standard_normal(variable.shape, np.float32)
+            outputs = variable.shape[-1] if variable.ndim else 1
+            scale = max(1, variable.size // outputs) ** -0.5
+            values = scale * np.asarray(random.standard_normal(variable.shape), np.float32)
             variable[...] = jax.device_put(values.astype(variable.dtype))
     return drawn

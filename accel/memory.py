@@ -32,7 +32,10 @@ def release_free_memory() -> None:
 
 
 def keep_free_memory() -> None:
-    """Lets the C library hold on to memory that is freed, of any size (glibc; else nothing).
+    """Lets the C library hold on to memory that is freed (glibc; else nothing).
+
+    Large blocks, such as those of VGG-16 at batch 8, still go back where threads have pools of their
+    own; older versions of glibc keep none of more than 32 MiB.
 
     A program on CPU takes memory for its intermediate results at every run and frees it after. What
     went back to the system comes in fresh pages, each of which costs a fault: on VGG-16 up to half
@@ -54,11 +57,18 @@ _KEPT = (2**30, 2**31 - 1)
 _USUAL = (2**25, 2**26)
 
 
+# Those that were set last: setting them takes as long as a small layer.
+_set: list[tuple[int, int]] = []
+
+
 def _set_thresholds(thresholds: tuple[int, int]) -> None:
+    if _set == [thresholds]:
+        return
     library = ctypes.CDLL(None) if sys.platform == "linux" else None
     if hasattr(library, "mallopt"):
         for parameter, threshold in zip(_PARAMETERS, thresholds, strict=True):
             library.mallopt(parameter, threshold)
+    _set[:] = [thresholds]
 
 
 def available_bytes(root: Path = Path("/")) -> int | None:

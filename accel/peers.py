@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from accel.report.environment import usable_cores
 
 
 def onnx_runner(
@@ -32,7 +33,9 @@ def onnx_runner(
     except ImportError as error:
         raise ValueError("ONNX Runtime is not installed: pip install onnxruntime") from error
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = len(os.sched_getaffinity(0))
+    options.intra_op_num_threads = usable_cores()
+    # Its threads would go on spinning for some time after a run, into the next one's time.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     try:
         session = onnxruntime.InferenceSession(
             str(file), options, providers=["CPUExecutionProvider"]
@@ -41,11 +44,12 @@ def onnx_runner(
         raise ValueError(f"{file}: ONNX Runtime cannot read it: {error}") from error
     inputs = session.get_inputs()
     shapes = [(batch_size, *image_shape), (batch_size, image_shape[-1], *image_shape[:-1])]
-    fitting = [shape for shape in shapes if len(inputs) == 1 and _fits(shape, inputs[0].shape)]
+    one = len(inputs) == 1 and inputs[0].type == "tensor(float)"
+    fitting = [shape for shape in shapes if one and _fits(shape, inputs[0].shape)]
     if not fitting:
         raise ValueError(
-            f"{file}: expected one input for images {shapes[0]} or {shapes[1]}, found"
-            f" {[tuple(given.shape) for given in inputs]}"
+            f"{file}: expected one input for float32 images {shapes[0]} or {shapes[1]}, found"
+            f" {[(given.type, *given.shape) for given in inputs]}"
         )
     images = np.random.default_rng(0).standard_normal(fitting[0], np.float32)
     given = {inputs[0].name: images}

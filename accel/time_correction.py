@@ -4,9 +4,10 @@ What layers take one by one does not add up to what the network takes: the compi
 layers, and shares out work among cores otherwise. How far it is off hangs most on the kinds of the
 chains. So random plans are timed as whole networks, and the times of each kind k are scaled:
 
-    min_w  mean_p h(1 - Σ_k (1 + w_k) t_pk / T_p) + λ s ‖w‖²
+    min_w  Σ_p u_p r_p² / Σ_p u_p + λ s ‖w‖²,    r_p = 1 - Σ_k (1 + w_k) t_pk / T_p
 
-where h is Huber's loss, since single plans can be far slower than their layers. T_p is the time of
+with u_p = min(1, δ / |r_p|), as in Huber's loss, since single plans can be far slower than their
+layers; u and w are found by turns. T_p is the time of
 the network of plan p over that of the original beside it, times the original's median, so that
 whatever slows both down falls out; t_pk is the sum of the times of its layers of kind k, "left as
 they are" among the kinds; s is the mean of the diagonal of the normal equations.
@@ -33,7 +34,7 @@ from accel.timed_plan import TimedPlan, time_plan
 PLANS = 24
 # λ: so that a kind that is in few of the plans about keeps its times.
 RIDGE = 0.03
-# Where Huber's loss turns from a square to a line: what is off by more counts as an outlier.
+# δ: a plan that is off by more counts as an outlier.
 OUTLIER = 0.03
 ITERATIONS = 30
 # What kinds may be scaled by: further off than that is noise.
@@ -121,7 +122,6 @@ def _scales(
     normal = relative.T @ relative / len(timed)
     ridge = RIDGE * np.trace(normal) / len(kinds) * np.eye(len(kinds))
     weights = np.zeros(len(kinds))
-    # Least squares over and over, each plan weighed so that its term grows as in Huber's loss.
     for _ in range(ITERATIONS):
         residuals = np.abs(missing - relative @ weights)
         trust = np.minimum(1, OUTLIER / np.maximum(residuals, OUTLIER))

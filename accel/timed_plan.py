@@ -28,7 +28,7 @@ class TimedPlan:
         batch_size: Images per batch.
         original_ms: Median time of the original for a batch, in milliseconds.
         accelerated_ms: The same of a network of the plan's shape, in turns with the original.
-        layers_ms: The sum of the times of its layers, as timed one by one.
+        layers_ms: The sum of the times of its layers, by which the plan was made.
         speedup: Ratio of the medians.
     """
 

@@ -216,7 +216,9 @@ def test_a_peer_takes_part_in_the_turns(accelerated_folder, timed_layers, tmp_pa
 
     other = onnx_file(tmp_path / "other.onnx", (1, SIZE, SIZE, 1))
     assert main([*command, "--out", str(tmp_path / "no.json"), "--onnx", str(other)]) == 1
-    assert "other.onnx: expected one input for images (2, 8, 8, 1)" in capfd.readouterr().err
+    assert (
+        "other.onnx: expected one input for float32 images (2, 8, 8, 1)" in capfd.readouterr().err
+    )
     other.write_text("no network")
     assert main([*command, "--out", str(tmp_path / "no.json"), "--onnx", str(other)]) == 1
     assert "other.onnx: ONNX Runtime cannot read it" in capfd.readouterr().err

@@ -70,3 +70,9 @@ def test_any_weights_leave_the_network_and_have_no_zeros():
     for _, variable in nnx.to_flat_state(nnx.state(drawn, nnx.Param)):
         assert np.all(np.asarray(variable[...]) != 0)
     assert np.isfinite(np.asarray(drawn(jnp.asarray(IMAGES)))).all()
+
+
+def test_any_weights_of_a_parameter_without_axes():
+    model = networks.network("chain")
+    model.scale = nnx.Param(jnp.array(2.0))
+    assert with_any_weights(model).scale[...].shape == ()

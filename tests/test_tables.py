@@ -355,6 +355,7 @@ def test_tables_of_earlier_versions_can_be_extended(tmp_path):
         table = dataclasses.replace(table, experiment=experiment)
         record = json.loads((ROOT / "results" / name / "experiment.json").read_text())
         record["experiment"] |= {"latency_batches": [], "latency_seconds": 10.0}
+        record["experiment"].pop("inference_dtype", None)
         (tmp_path / name).mkdir()
         (tmp_path / name / "experiment.json").write_text(json.dumps(record))
         extended = folder_record(table, tmp_path / name)

@@ -32,7 +32,9 @@ class Forward:
         if self.dtype is None:
             return nnx.merge(self.graphdef, state)(images)
         outputs = nnx.merge(self.graphdef, state)(jnp.asarray(images, self.dtype))
-        return jax.tree.map(lambda output: output.astype(jnp.float32), outputs)
+        return jax.tree.map(
+            lambda o: o.astype(jnp.float32) if jnp.issubdtype(o.dtype, jnp.floating) else o, outputs
+        )
 
 
 def forward_function(model: nnx.Module, dtype: str | None = None) -> tuple[Forward, nnx.State]:
@@ -43,8 +45,9 @@ def forward_function(model: nnx.Module, dtype: str | None = None) -> tuple[Forwa
 
     Args:
         model: The network.
-        dtype: What to compute in, such as ``bfloat16``: images, weights and all that lies between
-            are of this type, outputs are float32. None for the types that the network has.
+        dtype: What to compute in, such as ``bfloat16``: images and weights are of this type, and
+            all between that does not name another in the network's own code; outputs are float32.
+            None for the types that the network has.
 
     Raises:
         ValueError: If ``dtype`` is not one of ``DTYPES``.

@@ -232,17 +232,17 @@ def make_table(table: Table, out: Path, command: str, progress: Progress) -> str
                     minutes = (time.monotonic() - began) / finished * left / 60
                     progress.say(f"measured: {cell}; {left} cells left, about {minutes:.0f} min")
                 shutil.rmtree(unfinished, ignore_errors=True)
-            for _ in add_times(
-                lines,
-                original,
-                images.image_shape,
-                batch_sizes=batch_sizes,
-                seconds=table.experiment.latency_seconds,
-                dtype=table.experiment.inference_dtype,
-                environment=environment,
-                progress=progress,
-            ):
-                _write_lines(table, lines, out)
+        for _ in add_times(
+            lines,
+            original,
+            images.image_shape,
+            batch_sizes=batch_sizes,
+            seconds=table.experiment.latency_seconds,
+            dtype=table.experiment.inference_dtype,
+            environment=environment,
+            progress=progress,
+        ):
+            _write_lines(table, lines, out)
     return _write_table(table, lines, out)
 
 
@@ -251,7 +251,7 @@ def folder_record(table: Table, out: Path) -> dict[str, Any]:
 
     Settings that only what is there, or only what is asked for, hangs on stay and are added: stages
     with settings of their own can be asked for later. Earlier versions recorded ``TIMING``, too,
-    which is left out.
+    which is left out, and knew no ``inference_dtype``.
 
     Raises:
         FileExistsError: If it holds results of another experiment, or anything else.
@@ -261,6 +261,7 @@ def folder_record(table: Table, out: Path) -> dict[str, Any]:
         found = json.loads(recorded.read_text())
         for name in TIMING:
             found.get("experiment", {}).pop(name, None)
+        found.get("experiment", {}).setdefault("inference_dtype", None)
         compared = {"table", "experiment", *(found.keys() & asked.keys())}
         if any(found.get(name) != asked[name] for name in compared):
             raise FileExistsError(
