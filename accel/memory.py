@@ -34,8 +34,8 @@ def release_free_memory() -> None:
 def keep_free_memory() -> None:
     """Lets the C library hold on to memory that is freed (glibc; else nothing).
 
-    Large blocks, such as those of VGG-16 at batch 8, still go back where threads have pools of their
-    own; older versions of glibc keep none of more than 32 MiB.
+    Large blocks, such as those of VGG-16 at batch 8, still go back where threads have pools of
+    their own; older versions of glibc keep none of more than 32 MiB.
 
     A program on CPU takes memory for its intermediate results at every run and frees it after. What
     went back to the system comes in fresh pages, each of which costs a fault: on VGG-16 up to half
