@@ -22,7 +22,7 @@ from accel.device_times import layer_seconds
 from accel.evaluation.forward import check_dtype, in_dtype
 from accel.files import write_whole
 from accel.inference import Inference, compile_inference, with_any_weights
-from accel.memory import stop_keeping_free_memory
+from accel.memory import kept_memory, page_faults
 from accel.peers import onnx_runner
 from accel.plan import AccelerationPlan, LayerPlan
 from accel.program import Program, named_layers, specification, trace
@@ -39,6 +39,11 @@ from accel.rewrite import FactorizedConv
 
 LEAST_REPEATS = 3
 REPEATS = 30
+# Most rounds before the clock starts, and how few pages of memory a round has to get from the
+# system for the clock to start earlier: first runs get all of their memory anew, for a thousandth
+# of a second for every few MiB, and a program in use does not.
+SETTLING = 10
+SETTLED = 256
 BENCHMARK_FILE = "benchmark.json"
 
 
@@ -56,8 +61,8 @@ def latency(
 
     Runs are interleaved, and which network goes first changes from pair to pair, so that whatever
     else the machine does meets both alike. Both are compiled for inference (``compile_inference``)
-    and run once before the clock starts; images and weights are on the device already, and a run
-    ends when its outputs are there.
+    and run before the clock starts until they find the memory they need (``SETTLING``); images and
+    weights are on the device already, and a run ends when its outputs are there.
 
     Args:
         original: The network that is the measure, called as ``original(images)``.
@@ -80,16 +85,53 @@ def latency(
     check_measurement("latency", batch_sizes, repeats, seconds)
     check_dtype(dtype)
     networks = {"original": original, "accelerated": accelerated}
-    share = seconds / len(batch_sizes)
-    shapes = [(batch_size, *image_shape) for batch_size in batch_sizes]
-    try:
+    with kept_memory():
         return {
-            str(shape[0]): _timed(_compiled(networks, shape, dtype), shape, repeats, share)
-            for shape in shapes
+            str(batch_size): time_in_turns(
+                _compiled(networks, (batch_size, *image_shape), dtype),
+                repeats=repeats,
+                seconds=seconds / len(batch_sizes),
+            )
+            for batch_size in batch_sizes
         }
-    finally:
-        # What comes after may be calibration or solving, which need all the memory there is.
-        stop_keeping_free_memory()
+
+
+def time_in_turns(
+    networks: Mapping[str, Inference],
+    *,
+    repeats: int,
+    seconds: float,
+    peers: Mapping[str, Callable[[], Any]] | None = None,
+) -> dict[str, float]:
+    """Times compiled networks as ``latency`` does.
+
+    The process keeps the memory that they free (see ``Inference``), for what is timed next.
+
+    Args:
+        networks: ``original`` and ``accelerated``, compiled for batches of one shape.
+        repeats: Most runs of each.
+        seconds: Time for all timed runs together, as in ``latency``.
+        peers: What else takes part in the turns, by name.
+
+    Returns:
+        A row of ``latency``, with the times of the peers as well.
+    """
+    shape = networks["original"].shape
+    images = jax.device_put(np.random.default_rng(0).standard_normal(shape, np.float32))
+
+    def runner(network: Inference) -> Callable[[], Any]:
+        return lambda: jax.block_until_ready(network(images))
+
+    runs = {name: runner(network) for name, network in networks.items()} | dict(peers or {})
+    milliseconds = _interleaved(runs, repeats, seconds)
+    row: dict[str, float] = {}
+    for name, times in milliseconds.items():
+        low, median, high = np.percentile(times, [25, 50, 75])
+        row[f"{name}_ms"] = float(median)
+        row[f"{name}_spread_ms"] = float(high - low)
+    row["speedup"] = row["original_ms"] / row["accelerated_ms"]
+    row["runs"] = len(milliseconds["original"])
+    return row
 
 
 def benchmark(
@@ -165,7 +207,13 @@ def benchmark(
         progress.say(f"timing both networks at batch {batch_size}")
         images = jax.ShapeDtypeStruct((batch_size, *shape), np.float32)
         compiled = _compiled(networks, images.shape, dtype)
-        row = _timed(compiled, images.shape, REPEATS, seconds / len(batch_sizes), peers[batch_size])
+        with kept_memory():
+            row = time_in_turns(
+                compiled,
+                repeats=REPEATS,
+                seconds=seconds / len(batch_sizes),
+                peers=peers[batch_size],
+            )
         whole = {name: _network_benchmark(name, compiled[name], row) for name in compiled}
         program = trace(original, images)
         not_timed |= program.left_out
@@ -295,31 +343,6 @@ def _compiled(
     return {name: compile_inference(model, shape, dtype) for name, model in networks.items()}
 
 
-def _timed(
-    compiled: Mapping[str, Inference],
-    shape: tuple[int, ...],
-    repeats: int,
-    seconds: float,
-    peers: Mapping[str, Callable[[], Any]] | None = None,
-) -> dict[str, float]:
-    """A row of ``latency``, and the times of peers that take part in the turns."""
-    images = jax.device_put(np.random.default_rng(0).standard_normal(shape, np.float32))
-
-    def runner(network: Inference) -> Callable[[], Any]:
-        return lambda: jax.block_until_ready(network(images))
-
-    runs = {name: runner(network) for name, network in compiled.items()} | dict(peers or {})
-    milliseconds = _interleaved(runs, repeats, seconds)
-    row: dict[str, float] = {}
-    for name, times in milliseconds.items():
-        low, median, high = np.percentile(times, [25, 50, 75])
-        row[f"{name}_ms"] = float(median)
-        row[f"{name}_spread_ms"] = float(high - low)
-    row["speedup"] = row["original_ms"] / row["accelerated_ms"]
-    row["runs"] = len(milliseconds["original"])
-    return row
-
-
 def _network_benchmark(
     name: str, compiled: Inference, row: Mapping[str, float]
 ) -> NetworkBenchmark:
@@ -336,9 +359,13 @@ def _network_benchmark(
 def _interleaved(
     runs: dict[str, Callable[[], Any]], repeats: int, seconds: float
 ) -> dict[str, list[float]]:
-    """Times of each run in milliseconds, after one run of each that is not timed."""
-    for run in runs.values():
-        run()
+    """Times of each run in milliseconds, after rounds that are not timed."""
+    for _ in range(SETTLING):
+        before = page_faults()
+        for run in runs.values():
+            run()
+        if page_faults() - before < SETTLED:
+            break
     milliseconds: dict[str, list[float]] = {name: [] for name in runs}
     order = list(runs)
     begin = time.perf_counter()

@@ -20,6 +20,7 @@ from accel.checkpoint import save_model
 from accel.configuration import load_config
 from accel.experiment import Experiment, run
 from accel.finetuning_experiment import Finetuning, run_finetuning
+from accel.memory import use_one_pool
 from accel.models import ModelSpec
 from accel.plan import AccelerationPlan
 from accel.progress import ConsoleProgress, LineProgress
@@ -153,6 +154,7 @@ class Convert:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command; returns its exit status: 0, or 1 where the input does not fit."""
+    use_one_pool()
     command, *rest = (sys.argv[1:] if arguments is None else list(arguments)) or ["--help"]
     try:
         if command == "run" and rest and not rest[0].startswith("-"):

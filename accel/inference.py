@@ -4,8 +4,9 @@ What was found by measurement on CPU (XLA of jaxlib 0.10, the body of VGG-16, tw
 weights are constants of the program the compiler packs them once; where they are arguments it packs
 them anew at every run, which costs the narrow layers of an accelerated network most. Memory that a
 run frees has to stay with the process, or the next one begins with page faults
-(``keep_free_memory``). On other devices nothing of the kind has been measured, and weights are
-arguments.
+(``keep_free_memory``; for blocks above 64 MiB ``use_one_pool`` as well, which a program has to call
+before JAX is used, as the command line does). On other devices nothing of the kind has been
+measured, and weights are arguments.
 """
 
 from __future__ import annotations
@@ -36,12 +37,14 @@ class Inference:
     ``accel.memory.stop_keeping_free_memory`` is called.
 
     Attributes:
+        shape: Shape of a batch of images, ``(batch, height, width, channels)``.
         program: What the compiler made of it.
         arguments: What the program is given before the images: the weights, or nothing where they
             are part of it.
         seconds: Time to trace and to compile it.
     """
 
+    shape: tuple[int, ...]
     program: jax.stages.Compiled
     arguments: tuple[Any, ...]
     seconds: float
@@ -67,7 +70,7 @@ def compile_inference(
     start = time.perf_counter()
     function, arguments = with_weights(forward, state)
     program = jax.jit(function).lower(*arguments, images).compile()
-    return Inference(program, arguments, time.perf_counter() - start)
+    return Inference(images.shape, program, arguments, time.perf_counter() - start)
 
 
 def with_weights(forward: Forward, state: Any) -> tuple[Callable[..., Any], tuple[Any, ...]]:

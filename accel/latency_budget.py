@@ -15,10 +15,12 @@ from pathlib import Path
 
 from flax import nnx
 
-from accel.benchmark import latency
+from accel.benchmark import time_in_turns
 from accel.calibration import Calibration
 from accel.device_times import LayerTimes, measure_times
 from accel.error_curves import ErrorCurve
+from accel.inference import compile_inference
+from accel.memory import kept_memory
 from accel.plan import AccelerationPlan
 from accel.program import specification
 from accel.progress import Progress
@@ -79,11 +81,12 @@ def select_for_latency(
             f"a speedup or milliseconds can be asked for, not both: found"
             f" {speedup} and {milliseconds}"
         )
+    image_shape = specification(calibration.program.images).shape[1:]
+    compiled = compile_inference(original, (batch_size, *image_shape))
     if milliseconds is not None:
-        image_shape = specification(calibration.program.images).shape[1:]
-        (row,) = latency(
-            original, original, image_shape, batch_sizes=(batch_size,), repeats=200, seconds=seconds
-        ).values()
+        networks = {"original": compiled, "accelerated": compiled}
+        with kept_memory():
+            row = time_in_turns(networks, repeats=200, seconds=seconds)
         speedup = row["original_ms"] / milliseconds
         if speedup <= 1:
             raise ValueError(
@@ -114,27 +117,28 @@ def select_for_latency(
     untouched = select_by_time(calibration, max(2 * dense, lowest), times, curves, rules=rules)
     tried: list[TimedPlan] = []
     budget = dense / speedup
-    for round_ in range(ROUNDS):
-        budget = max(budget, lowest)
-        plan = select_by_time(calibration, budget, times, curves, rules=rules)
-        mixed = None
-        if round_ >= MIXED or _tried(plan, tried):
-            mixed = _mixed(tried, untouched, times, 1000 * budget, 1 / speedup)
-        while mixed is None and _tried(plan, tried) and budget > lowest:
-            budget = max(STEP * budget, lowest)
+    with kept_memory():
+        for round_ in range(ROUNDS):
+            budget = max(budget, lowest)
             plan = select_by_time(calibration, budget, times, curves, rules=rules)
-        plan = mixed or plan
-        if _tried(plan, tried):
-            break
-        timed = time_plan(calibration, original, plan, times, batch_size, seconds)
-        progress.say(
-            f"batch {batch_size}: {timed.original_ms:.2f} ms → {timed.accelerated_ms:.2f} ms,"
-            f" {timed.speedup:.2f}× of {speedup:g}× asked for"
-        )
-        tried.append(timed)
-        if abs(timed.speedup / speedup - 1) <= TOLERANCE:
-            break
-        budget = _next_budget(tried, 1000 * dense, 1 / speedup) / 1000
+            mixed = None
+            if round_ >= MIXED or _tried(plan, tried):
+                mixed = _mixed(tried, untouched, times, 1000 * budget, 1 / speedup)
+            while mixed is None and _tried(plan, tried) and budget > lowest:
+                budget = max(STEP * budget, lowest)
+                plan = select_by_time(calibration, budget, times, curves, rules=rules)
+            plan = mixed or plan
+            if _tried(plan, tried):
+                break
+            timed = time_plan(calibration, compiled, plan, times, seconds)
+            progress.say(
+                f"batch {batch_size}: {timed.original_ms:.2f} ms → {timed.accelerated_ms:.2f} ms,"
+                f" {timed.speedup:.2f}× of {speedup:g}× asked for"
+            )
+            tried.append(timed)
+            if abs(timed.speedup / speedup - 1) <= TOLERANCE:
+                break
+            budget = _next_budget(tried, 1000 * dense, 1 / speedup) / 1000
     fast_enough = [timed for timed in tried if timed.speedup >= (1 - TOLERANCE) * speedup]
     if fast_enough:
         # Not the closest: where times jump, a faster plan can have the smaller error.

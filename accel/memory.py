@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import resource
 import sys
@@ -14,6 +15,11 @@ def peak_bytes() -> int:
     """The largest resident size this process has had."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def page_faults() -> int:
+    """How many pages of memory the system has given to this process so far, one at a time."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 
 
 def resident_bytes() -> int:
@@ -34,14 +40,26 @@ def release_free_memory() -> None:
 def keep_free_memory() -> None:
     """Lets the C library hold on to memory that is freed (glibc; else nothing).
 
-    Large blocks, such as those of VGG-16 at batch 8, still go back where threads have pools of
-    their own; older versions of glibc keep none of more than 32 MiB.
+    Blocks above 64 MiB, such as those of VGG-16 at batch 8, still go back unless ``use_one_pool``
+    was called first; older versions of glibc keep none of more than 32 MiB.
 
     A program on CPU takes memory for its intermediate results at every run and frees it after. What
     went back to the system comes in fresh pages, each of which costs a fault: on VGG-16 up to half
     of an accelerated network's time, or none of it, by the chance of what lies beside.
+
+    It takes some runs until enough lies free, since other small blocks are put into the gaps.
     """
     _set_thresholds(_KEPT)
+
+
+def use_one_pool() -> None:
+    """Lets all threads that begin from now on share one pool of memory (glibc; else nothing).
+
+    The pools that glibc gives to threads hold blocks of up to 64 MiB; larger ones are the system's
+    own at every run, whatever ``keep_free_memory`` says. To be called before JAX starts its
+    threads, that is before its first array.
+    """
+    _mallopt(_ARENA_MAX, 1)
 
 
 def stop_keeping_free_memory() -> None:
@@ -50,6 +68,18 @@ def stop_keeping_free_memory() -> None:
     release_free_memory()
 
 
+@contextlib.contextmanager
+def kept_memory() -> Iterator[None]:
+    """``keep_free_memory`` while this lasts; what comes after has all the memory there is."""
+    keep_free_memory()
+    try:
+        yield
+    finally:
+        stop_keeping_free_memory()
+
+
+# mallopt's M_ARENA_MAX: how many pools there may be.
+_ARENA_MAX = -8
 # mallopt's M_MMAP_THRESHOLD and M_TRIM_THRESHOLD: from which size on memory is the system's own,
 # and how much may lie free. Without a word glibc lets them grow up to the usual ones.
 _PARAMETERS = (-3, -1)
@@ -64,11 +94,15 @@ _set: list[tuple[int, int]] = []
 def _set_thresholds(thresholds: tuple[int, int]) -> None:
     if _set == [thresholds]:
         return
+    for parameter, threshold in zip(_PARAMETERS, thresholds, strict=True):
+        _mallopt(parameter, threshold)
+    _set[:] = [thresholds]
+
+
+def _mallopt(parameter: int, value: int) -> None:
     library = ctypes.CDLL(None) if sys.platform == "linux" else None
     if hasattr(library, "mallopt"):
-        for parameter, threshold in zip(_PARAMETERS, thresholds, strict=True):
-            library.mallopt(parameter, threshold)
-    _set[:] = [thresholds]
+        library.mallopt(parameter, value)
 
 
 def available_bytes(root: Path = Path("/")) -> int | None:

@@ -25,7 +25,10 @@ from jaxtyping import Float64
 from accel.calibration import Calibration
 from accel.device_times import LayerTimes
 from accel.error_curves import ErrorCurve
+from accel.inference import compile_inference
+from accel.memory import kept_memory
 from accel.plan import AccelerationPlan
+from accel.program import specification
 from accel.progress import Progress
 from accel.rank_selection import Rules
 from accel.selection import least_seconds, select_by_time
@@ -68,11 +71,14 @@ def correct_times(
     """
     progress = progress or Progress()
     plans = random_plans(calibration, times, curves, PLANS, seed=0, rules=rules)
+    image_shape = specification(calibration.program.images).shape[1:]
+    compiled = compile_inference(original, (batch_size, *image_shape))
     progress.begin(f"timing networks at batch {batch_size}", len(plans))
     timed = []
-    for plan in plans:
-        timed.append(time_plan(calibration, original, plan, times, batch_size, seconds))
-        progress.advance(1)
+    with kept_memory():
+        for plan in plans:
+            timed.append(time_plan(calibration, compiled, plan, times, seconds))
+            progress.advance(1)
     kinds = list(dict.fromkeys(kind for plan in plans for kind in _kinds(plan, times)))
     scales = _scales(timed, times, kinds)
     return {path: _scaled(layer, scales) for path, layer in times.items()}

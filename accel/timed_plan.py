@@ -8,14 +8,11 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 
-from flax import nnx
-
-from accel.benchmark import latency
+from accel.benchmark import time_in_turns
 from accel.calibration import Calibration
 from accel.device_times import LayerTimes
-from accel.inference import with_any_weights
+from accel.inference import Inference, compile_inference, with_any_weights
 from accel.plan import AccelerationPlan
-from accel.program import specification
 from accel.rewrite import rewrite
 
 
@@ -46,30 +43,26 @@ class TimedPlan:
 
 def time_plan(
     calibration: Calibration,
-    original: nnx.Module,
+    original: Inference,
     plan: AccelerationPlan,
     times: Mapping[str, LayerTimes],
-    batch_size: int,
     seconds: float,
 ) -> TimedPlan:
     """Times a network of the plan's shape, with any weights, in turns with the original.
 
     Args:
         calibration: From ``calibrate``.
-        original: The original network.
+        original: The original network, compiled for the batches.
         plan: What becomes of each layer.
         times: The times of its layers; each of its chains is among those of the error curves.
-        batch_size: Images per batch.
         seconds: How long to time.
     """
     network = with_any_weights(rewrite(calibration.model, plan))
-    image_shape = specification(calibration.program.images).shape[1:]
-    (row,) = latency(
-        original, network, image_shape, batch_sizes=(batch_size,), repeats=200, seconds=seconds
-    ).values()
+    networks = {"original": original, "accelerated": compile_inference(network, original.shape)}
+    row = time_in_turns(networks, repeats=200, seconds=seconds)
     return TimedPlan(
         plan,
-        batch_size,
+        original.shape[0],
         row["original_ms"],
         row["accelerated_ms"],
         sum_ms(plan, times),

@@ -30,8 +30,11 @@ from accel.device_times import LayerTimes, measure_times
 from accel.error_curves import ErrorCurve
 from accel.experiment import Experiment
 from accel.files import write_whole
+from accel.inference import compile_inference
 from accel.latency_budget import select_for_latency
+from accel.memory import use_one_pool
 from accel.plan import AccelerationPlan
+from accel.program import specification
 from accel.progress import LineProgress
 from accel.report.environment import command_line, device_name, versions
 from accel.selection import (
@@ -67,6 +70,7 @@ class Measurement:
 
 
 def main() -> int:
+    use_one_pool()
     config = Path(sys.argv[1])
     asked = tyro.cli(
         Measurement,
@@ -166,9 +170,11 @@ def _batch(
 ) -> tuple[dict[str, Any], dict[str, AccelerationPlan]]:
     """All but the errors for one batch size, and the two 4× plans."""
     rules = asked.experiment.rules
+    image_shape = specification(calibration.program.images).shape[1:]
+    compiled = compile_inference(original, (batch_size, *image_shape))
 
     def timed(plan: AccelerationPlan, seconds: float) -> TimedPlan:
-        return time_plan(calibration, original, plan, times, batch_size, seconds)
+        return time_plan(calibration, compiled, plan, times, seconds)
 
     def figures(timed: TimedPlan) -> dict[str, Any]:
         total = sum(calibration.macs.values())

@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import types
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +29,7 @@ from accel.device_times import (
     default_cache,
     layer_seconds,
 )
+from accel.inference import compile_inference
 from accel.latency_budget import select_for_latency
 from accel.plan import LayerPlan
 from accel.program import named_layers
@@ -62,6 +64,22 @@ def planted(calibration, curves, seconds_per_mac=1e-9):
         )
         for call in calibration.calls
     }
+
+
+def plant_times(monkeypatch, milliseconds):
+    """Lets networks, as they are and not compiled, take the time that a function gives."""
+
+    def time_in_turns(networks, *, repeats, seconds):
+        before = milliseconds(networks["original"].network)
+        after = milliseconds(networks["accelerated"].network)
+        return {"original_ms": before, "accelerated_ms": after, "speedup": before / after}
+
+    def compile_inference(network, shape):
+        return types.SimpleNamespace(network=network, shape=shape)
+
+    monkeypatch.setattr(latency_budget, "compile_inference", compile_inference)
+    monkeypatch.setattr(timed_plan, "compile_inference", compile_inference)
+    monkeypatch.setattr(timed_plan, "time_in_turns", time_in_turns)
 
 
 def test_sixteen_times_the_work_takes_several_times_as_long():
@@ -154,18 +172,11 @@ def test_the_speedup_asked_for_is_found_though_times_do_not_add_up(measured, mon
     total = 1e-9 * sum(calibration.macs.values())
     batch = jax.ShapeDtypeStruct((1, *IMAGES.shape[1:]), np.float32)
 
-    def latency(original, network, shape, *, batch_sizes, repeats, seconds):
-        assert shape == batch.shape[1:]
-        seconds_of = [
-            0.1 * total
-            + 0.7 * total * (1e-9 * sum(count_conv_macs(m, batch).values()) / total) ** 0.8
-            for m in (original, network)
-        ]
-        before, after = (1000 * value for value in seconds_of)
-        row = {"original_ms": before, "accelerated_ms": after, "speedup": before / after}
-        return {str(batch_sizes[0]): row}
+    def milliseconds(network):
+        macs = sum(count_conv_macs(network, batch).values())
+        return 1000 * (0.1 * total + 0.7 * total * (1e-9 * macs / total) ** 0.8)
 
-    monkeypatch.setattr(timed_plan, "latency", latency)
+    plant_times(monkeypatch, milliseconds)
     found = select_for_latency(calibration, model, speedup, curves=curves, times=times)
     assert found.speedup == pytest.approx(speedup, rel=0.05)
     assert found.original_ms == pytest.approx(1000 * 0.8 * total)
@@ -182,15 +193,11 @@ def test_a_speedup_is_found_where_times_jump(measured, monkeypatch, speedup):
     batch = jax.ShapeDtypeStruct((1, *IMAGES.shape[1:]), np.float32)
     dense = count_conv_macs(model, batch)[second]
 
-    def latency(original, network, shape, *, batch_sizes, repeats, seconds):
-        macs = [count_conv_macs(m, batch) for m in (original, network)]
-        before, after = (
-            sum(found.values()) * (1 if found.get(second) == dense else 1.5) for found in macs
-        )
-        row = {"original_ms": before, "accelerated_ms": after, "speedup": before / after}
-        return {str(batch_sizes[0]): row}
+    def milliseconds(network):
+        macs = count_conv_macs(network, batch)
+        return sum(macs.values()) * (1 if macs.get(second) == dense else 1.5)
 
-    monkeypatch.setattr(timed_plan, "latency", latency)
+    plant_times(monkeypatch, milliseconds)
     found = select_for_latency(calibration, model, speedup, curves=curves, times=times)
     assert found.speedup >= 0.95 * speedup
 
@@ -213,10 +220,10 @@ def test_times_are_corrected_by_those_of_whole_networks(measured, monkeypatch):
             if layer.path in times
         )
 
-    def plan_timed(_calibration, _model, plan, _times, batch_size, _seconds):
+    def plan_timed(_calibration, _original, plan, _times, _seconds):
         slow, whole = random.uniform(0.8, 1.2), milliseconds(plan)
         return TimedPlan(
-            plan, batch_size, slow * original, slow * whole, sum_ms(plan, times), original / whole
+            plan, 1, slow * original, slow * whole, sum_ms(plan, times), original / whole
         )
 
     monkeypatch.setattr(time_correction, "time_plan", plan_timed)
@@ -300,7 +307,9 @@ def test_layers_and_networks_are_timed_here(measured, tmp_path):
     assert all(time.dense > 0 and (time.chains > 0).all() for time in times.values())
     assert list(tmp_path.glob("times-*.json"))
     plan = select_ranks(calibration, 2.0, curves=curves)
-    timed = time_plan(calibration, model, plan, times, 2, 0.2)
+    compiled = compile_inference(model, (2, *IMAGES.shape[1:]))
+    timed = time_plan(calibration, compiled, plan, times, 0.2)
+    assert timed.batch_size == 2
     assert timed.accelerated_ms > 0
     assert timed.layers_ms > 0
     assert timed.speedup == pytest.approx(timed.original_ms / timed.accelerated_ms)
@@ -372,11 +381,7 @@ def test_chains_that_are_all_slower_end_in_an_answer(measured, monkeypatch):
     model, calibration, curves = measured
     times = planted(calibration, curves)
 
-    def latency(original, network, shape, *, batch_sizes, repeats, seconds):
-        row = {"original_ms": 1.0, "accelerated_ms": 2.0, "speedup": 0.5}
-        return {str(batch_sizes[0]): row}
-
-    monkeypatch.setattr(timed_plan, "latency", latency)
+    plant_times(monkeypatch, lambda network: 1.0 if network is model else 2.0)
     with pytest.raises(ValueError, match=r"the best of \d plans that were timed is 0\.50"):
         select_for_latency(calibration, model, 2.0, curves=curves, times=times)
 
@@ -388,10 +393,10 @@ def test_rules_hold_for_every_plan_that_is_timed(measured, monkeypatch):
     fixed, kept = calibration.calls[1].path, calibration.calls[2].path
     seen = []
 
-    def plan_timed(calibration, original, plan, times, batch_size, seconds):
+    def plan_timed(calibration, original, plan, times, seconds):
         seen.append({layer.path: layer for layer in plan.layers})
         layers_ms = 1000 * sum(times[layer.path].of(layer) for layer in plan.layers)
-        return TimedPlan(plan, batch_size, 9.0, 3.0, layers_ms, 3.0)
+        return TimedPlan(plan, 1, 9.0, 3.0, layers_ms, 3.0)
 
     monkeypatch.setattr(latency_budget, "time_plan", plan_timed)
     rules = {fixed: 2, kept: "dense"}

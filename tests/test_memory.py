@@ -2,6 +2,7 @@
 
 import ctypes
 import resource
+import subprocess
 import sys
 
 import networks
@@ -126,6 +127,37 @@ def test_memory_that_is_kept_is_not_faulted_in_again():
     assert kept < 100
     # Huge pages are faulted in by 2 MiB.
     assert faults() >= 4 * 2**26 / 2**21
+
+
+FAULTS = """
+import resource, sys
+import jax, jax.numpy as jnp
+from accel.memory import keep_free_memory, use_one_pool
+
+if sys.argv[1] == "one":
+    use_one_pool()
+keep_free_memory()
+# Its intermediate results have 192 MiB.
+program = jax.jit(lambda x: jnp.cumsum(jnp.tile(x, 2**10))[-1])
+x = jnp.ones(3 * 2**13)
+# It takes a while until enough free memory lies about.
+for repeat in range(40):
+    if repeat == 30:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    program(x).block_until_ready()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="not glibc")
+def test_large_blocks_of_jaxs_threads_are_kept_in_one_pool():
+    faults = {
+        pools: int(subprocess.check_output([sys.executable, "-c", FAULTS, pools], text=True))
+        for pools in ("one", "many")
+    }
+    # Every run touches as much, by pages of 4 KiB, or of 2 MiB where the system makes them huge.
+    assert faults["many"] >= 10 * 192 / 2
+    assert faults["one"] < faults["many"] / 5
 
 
 @pytest.mark.parametrize("kind", ["channel", "channel_spatial"])
