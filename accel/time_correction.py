@@ -1,22 +1,25 @@
 """Times of layers, corrected by the times of whole networks.
 
 What layers take one by one does not add up to what the network takes: the compiler fuses across
-layers, and shares out work among cores otherwise. How far it is off hangs most on the kinds of the
-chains. So random plans are timed as whole networks, and the times of each kind k are scaled:
+layers, and shares out work among cores otherwise; and there is more in it than these layers. How
+far it is off hangs most on the kinds of the chains. So random plans are timed as whole networks,
+and the times of each kind k are scaled:
 
-    min_w  Σ_p u_p r_p² / Σ_p u_p + λ s ‖w‖²,    r_p = 1 - Σ_k (1 + w_k) t_pk / T_p
+    min_(v, c)  Σ_p u_p r_p² / Σ_p u_p + λ s Σ_k (v_k - v̄)²,    r_p = 1 - (c + Σ_k v_k t_pk) / T_p
 
 with u_p = min(1, δ / |r_p|), as in Huber's loss, since single plans can be far slower than their
-layers; u and w are found by turns. T_p is the time of
-the network of plan p over that of the original beside it, times the original's median, so that
-whatever slows both down falls out; t_pk is the sum of the times of its layers of kind k, "left as
-they are" among the kinds; s is the mean of the diagonal of the normal equations.
+layers; u and (v, c) are found by turns. v̄ is the mean of the scales v, to which those of rare kinds
+fall back; c ≥ 0 the time of all else. T_p is the time of the network of plan p over that of the
+original beside it, times the original's median, so that whatever slows both down falls out; the
+original is one of the p. t_pk is the sum of the times of its layers of kind k, "left as they are"
+among the kinds; s is the mean of the diagonal of the normal equations of v.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 from flax import nnx
@@ -40,8 +43,10 @@ RIDGE = 0.03
 # δ: a plan that is off by more counts as an outlier.
 OUTLIER = 0.03
 ITERATIONS = 30
-# What kinds may be scaled by: further off than that is noise.
+# What kinds may be scaled by, as shares of the mean scale: further off than that is noise.
 SCALES = (0.5, 2.0)
+# A network may have few plans: how many are drawn for each that is wanted.
+DRAWS = 4
 # Random plans are to be this many times faster, by their layers' times.
 FASTER = (1.5, 4.0)
 
@@ -58,6 +63,9 @@ def correct_times(
     progress: Progress | None = None,
 ) -> dict[str, LayerTimes]:
     """The times of layers, scaled so that their sums tell the times of networks best.
+
+    The time of what is no layer that can be replaced is shared out equally among the layers: it is
+    in the time of each, whatever becomes of it.
 
     Args:
         calibration: From ``calibrate``.
@@ -79,9 +87,9 @@ def correct_times(
         for plan in plans:
             timed.append(time_plan(calibration, compiled, plan, times, seconds))
             progress.advance(1)
-    kinds = list(dict.fromkeys(kind for plan in plans for kind in _kinds(plan, times)))
-    scales = _scales(timed, times, kinds)
-    return {path: _scaled(layer, scales) for path, layer in times.items()}
+    scales, rest = _fitted(timed, times)
+    share = rest / 1000 / len(times)
+    return {path: _corrected(layer, scales, share) for path, layer in times.items()}
 
 
 def random_plans(
@@ -93,12 +101,15 @@ def random_plans(
     seed: int,
     rules: Rules | None = None,
 ) -> list[AccelerationPlan]:
-    """Plans that vary in kinds and ranks: the best ones for random errors and random budgets."""
+    """Plans that vary in kinds and ranks: the best ones for random errors and random budgets.
+
+    No two are equal; there are fewer than ``count`` where so many are not found.
+    """
     random = np.random.default_rng(seed)
     dense = sum(time.dense for time in times.values())
     least = least_seconds(calibration, times, curves, rules=rules)
-    plans = []
-    for _ in range(count):
+    plans: list[AccelerationPlan] = []
+    for _ in range(DRAWS * count):
         drawn = {
             path: dataclasses.replace(
                 curve, errors=curve.errors * np.exp(random.standard_normal(len(curve.errors)))
@@ -106,7 +117,11 @@ def random_plans(
             for path, curve in curves.items()
         }
         budget = max(dense / random.uniform(*FASTER), least)
-        plans.append(select_by_time(calibration, budget, times, drawn, rules=rules))
+        plan = select_by_time(calibration, budget, times, drawn, rules=rules)
+        if plan not in plans:
+            plans.append(plan)
+        if len(plans) == count:
+            break
     return plans
 
 
@@ -114,26 +129,55 @@ def _kinds(plan: AccelerationPlan, times: Mapping[str, LayerTimes]) -> list[str 
     return [layer.decomposition for layer in plan.layers if layer.path in times]
 
 
-def _scales(
-    timed: Sequence[TimedPlan],
-    times: Mapping[str, LayerTimes],
-    kinds: Sequence[str | None],
-) -> dict[str | None, float]:
-    """1 + w of each kind (see the module's docstring)."""
+class _Fitted(NamedTuple):
+    """Scales of the times of kinds, and milliseconds of all that is no layer."""
+
+    scales: Mapping[str | None, float]
+    rest: float
+
+
+def _fitted(timed: Sequence[TimedPlan], times: Mapping[str, LayerTimes]) -> _Fitted:
+    """v and c (see the module's docstring); v̄ for the kinds that are in no plan."""
+    used = (kind for plan in timed for kind in _kinds(plan.plan, times))
+    kinds = list(dict.fromkeys([None, *used]))
     original = float(np.median([plan.original_ms for plan in timed]))
-    whole = np.array([original / plan.speedup for plan in timed])
-    parts = np.array([_milliseconds(plan.plan, times, kinds) for plan in timed])
-    relative = parts / whole[:, None]
-    missing = 1 - relative.sum(axis=1)
-    normal = relative.T @ relative / len(timed)
-    ridge = RIDGE * np.trace(normal) / len(kinds) * np.eye(len(kinds))
-    weights = np.zeros(len(kinds))
+    dense = np.zeros(len(kinds))
+    dense[kinds.index(None)] = 1000 * sum(layer.dense for layer in times.values())
+    parts = np.array([dense, *(_milliseconds(plan.plan, times, kinds) for plan in timed)])
+    whole = np.array([original, *(original / plan.speedup for plan in timed)])
+    relative = np.column_stack([parts, np.ones(len(whole))]) / whole[:, None]
+    solved = _robust_ridge(relative)
+    if solved[-1] < 0:
+        solved = np.append(_robust_ridge(relative[:, :-1], rest=False), 0.0)
+    scales, rest = solved[:-1], float(solved[-1])
+    mean = float(scales.mean())
+    scales = np.clip(scales, *(mean * limit for limit in SCALES))
+    every = dict.fromkeys(
+        candidate.decomposition for layer in times.values() for candidate in layer.candidates
+    )
+    return _Fitted(
+        {**dict.fromkeys(every, mean), **dict(zip(kinds, scales.tolist(), strict=True))}, rest
+    )
+
+
+def _robust_ridge(
+    relative: Float64[np.ndarray, "plans columns"], *, rest: bool = True
+) -> Float64[np.ndarray, " columns"]:
+    """The v, and with ``rest`` the c after them, at which the rows add up to 1 best."""
+    plans, columns = relative.shape
+    kinds = columns - 1 if rest else columns
+    normal = relative.T @ relative / plans
+    penalty = np.zeros((columns, columns))
+    penalty[:kinds, :kinds] = np.eye(kinds) - 1 / kinds
+    penalty *= RIDGE * np.trace(normal[:kinds, :kinds]) / kinds
+    solved = np.zeros(columns)
+    trust = np.ones(plans)
     for _ in range(ITERATIONS):
-        residuals = np.abs(missing - relative @ weights)
-        trust = np.minimum(1, OUTLIER / np.maximum(residuals, OUTLIER))
         weighed = relative.T * (trust / trust.sum())
-        weights = np.linalg.solve(weighed @ relative + ridge, weighed @ missing)
-    return dict(zip(kinds, np.clip(1 + weights, *SCALES).tolist(), strict=True))
+        # Least squares, since kinds or the rest may be too little to tell from others.
+        solved = np.linalg.lstsq(weighed @ relative + penalty, weighed.sum(axis=1))[0]
+        trust = OUTLIER / np.maximum(np.abs(1 - relative @ solved), OUTLIER)
+    return solved
 
 
 def _milliseconds(
@@ -147,8 +191,9 @@ def _milliseconds(
     return sums
 
 
-def _scaled(times: LayerTimes, scales: Mapping[str | None, float]) -> LayerTimes:
-    factors = [scales.get(candidate.decomposition, 1.0) for candidate in times.candidates]
+def _corrected(times: LayerTimes, scales: Mapping[str | None, float], share: float) -> LayerTimes:
+    """Times scaled by kind, and a share of the rest added, in seconds."""
+    factors = np.array([scales[candidate.decomposition] for candidate in times.candidates])
     return dataclasses.replace(
-        times, dense=times.dense * scales.get(None, 1.0), chains=times.chains * np.array(factors)
+        times, dense=times.dense * scales[None] + share, chains=times.chains * factors + share
     )

@@ -202,32 +202,39 @@ def test_a_speedup_is_found_where_times_jump(measured, monkeypatch, speedup):
     assert found.speedup >= 0.95 * speedup
 
 
-def test_times_are_corrected_by_those_of_whole_networks(measured, monkeypatch):
+@pytest.mark.parametrize("slow_plans", [0, 5])
+def test_times_are_corrected_by_those_of_whole_networks(measured, monkeypatch, slow_plans):
     """Planted: in a network spatial chains take 1.5 times as long as alone, and channel ones 0.8.
 
-    What slows both networks of a pair down, by another factor each time, makes no difference.
+    What is no layer takes a tenth of the original. What slows both networks of a pair down, by
+    another factor each time, makes no difference; nor do some plans that take twice their time.
     """
     model, calibration, curves = measured
     times = planted(calibration, curves)
     scales = {"spatial": 1.5, "channel": 0.8}
     random = np.random.default_rng(0)
-    original = 1000 * sum(layer.dense for layer in times.values())
+    rest = 100 * sum(layer.dense for layer in times.values())
+    original = 11 * rest
 
     def milliseconds(plan):
-        return 1000 * sum(
+        return rest + 1000 * sum(
             scales.get(layer.decomposition, 1.0) * times[layer.path].of(layer)
             for layer in plan.layers
             if layer.path in times
         )
 
+    outliers = [2.0] * slow_plans
+
     def plan_timed(_calibration, _original, plan, _times, _seconds):
         slow, whole = random.uniform(0.8, 1.2), milliseconds(plan)
+        whole *= outliers.pop() if outliers else 1.0
         return TimedPlan(
             plan, 1, slow * original, slow * whole, sum_ms(plan, times), original / whole
         )
 
     monkeypatch.setattr(time_correction, "time_plan", plan_timed)
     corrected = correct_times(calibration, model, times, curves, 1)
+    assert not outliers
     # Times of another speed of the machine are as good as any: what counts are shares.
     dense = 1000 * sum(layer.dense for layer in corrected.values())
     shares = [
@@ -239,6 +246,38 @@ def test_times_are_corrected_by_those_of_whole_networks(measured, monkeypatch):
     assert max(off) < 0.05
     assert np.median(off) < 0.02
     assert np.median(off_before) > 0.05
+
+
+def test_a_kind_in_no_timed_plan_is_scaled_like_the_others(measured, monkeypatch):
+    """Planted: networks take three times as long as their layers, whatever the kinds."""
+    model, calibration, curves = measured
+    times = planted(calibration, curves)
+    original = 3000 * sum(layer.dense for layer in times.values())
+
+    def without_tucker(plan):
+        layers = (
+            LayerPlan(layer.path) if layer.decomposition == "tucker2" else layer
+            for layer in plan.layers
+        )
+        return dataclasses.replace(plan, layers=tuple(layers))
+
+    def plan_timed(_calibration, _original, plan, _times, _seconds):
+        plan = without_tucker(plan)
+        whole = 3 * sum_ms(plan, times)
+        return TimedPlan(plan, 1, original, whole, whole / 3, original / whole)
+
+    monkeypatch.setattr(time_correction, "time_plan", plan_timed)
+    corrected = correct_times(calibration, model, times, curves, 1)
+    for path, layer in corrected.items():
+        assert layer.dense == pytest.approx(3 * times[path].dense, rel=0.01)
+        np.testing.assert_allclose(layer.chains, 3 * times[path].chains, rtol=0.02)
+
+
+def test_random_plans_are_all_different(measured):
+    _, calibration, curves = measured
+    plans = random_plans(calibration, planted(calibration, curves), curves, 24, seed=0)
+    assert len(plans) > 4
+    assert all(plan not in plans[:index] for index, plan in enumerate(plans))
 
 
 def test_milliseconds_that_the_original_needs_not_are_refused(measured):
