@@ -142,7 +142,7 @@ def benchmark(
     image_shape: Sequence[int] | None = None,
     batch_sizes: Sequence[int] = (1, 8),
     seconds: float = 30.0,
-    dtype: str = "float32",
+    dtype: str | None = None,
     onnx: Path | None = None,
     progress: Progress | None = None,
 ) -> Benchmark:
@@ -162,7 +162,7 @@ def benchmark(
         batch_sizes: Images per batch; each is measured by itself.
         seconds: Time for all timed runs of the networks, as in ``latency``. What compilation and
             the single layers take comes on top.
-        dtype: What both networks compute in.
+        dtype: What both networks compute in; by default what the run evaluated in, or float32.
         onnx: The original network as an ONNX file, to be timed in turns with both, in float32, by
             ONNX Runtime.
         progress: Receives what is being measured.
@@ -186,7 +186,10 @@ def benchmark(
         raise ValueError(f"{model_folder} does not say how its original network is built")
     if plan is None or not plan.layers:
         raise ValueError(f"{model_folder} holds no accelerated network")
-    shape = _image_shape(folder, image_shape)
+    recorded = _settings(folder / "report.json", needed=image_shape is None)
+    computed_in = dtype or recorded.get("inference_dtype") or "float32"
+    check_dtype(computed_in)
+    shape = _image_shape(folder, recorded, image_shape)
     image = jax.ShapeDtypeStruct((1, *shape), np.float32)
     # Of the abstract network, so that a shape which does not fit shows before weights are read.
     macs_original = count_conv_macs(nnx.eval_shape(spec.build), image)
@@ -206,7 +209,7 @@ def benchmark(
     for batch_size in batch_sizes:
         progress.say(f"timing both networks at batch {batch_size}")
         images = jax.ShapeDtypeStruct((batch_size, *shape), np.float32)
-        compiled = _compiled(networks, images.shape, dtype)
+        compiled = _compiled(networks, images.shape, computed_in)
         with kept_memory():
             row = time_in_turns(
                 compiled,
@@ -217,7 +220,7 @@ def benchmark(
         whole = {name: _network_benchmark(name, compiled[name], row) for name in compiled}
         program = trace(original, images)
         not_timed |= program.left_out
-        times = _times_of_layers(program, accelerated, batch_size, dtype, progress)
+        times = _times_of_layers(program, accelerated, batch_size, computed_in, progress)
         layers = [
             LayerBenchmark(
                 path=path,
@@ -255,7 +258,7 @@ def benchmark(
         device=device_name(),
         versions=versions(),
         command=command,
-        dtype=dtype,
+        dtype=computed_in,
         image_shape=shape,
         macs=macs,
         batches=tuple(batches),
@@ -284,16 +287,24 @@ def check_measurement(name: str, batch_sizes: Sequence[int], repeats: int, secon
         )
 
 
-def _image_shape(folder: Path, given: Sequence[int] | None) -> tuple[int, ...]:
+def _settings(report: Path, *, needed: bool) -> dict[str, Any]:
+    """The settings that the report of a run tells; none where there is no report."""
+    if not needed and not report.exists():
+        return {}
+    try:
+        return dict(json.loads(report.read_text())["settings"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{report} is no report of a run: {error!r}") from error
+
+
+def _image_shape(
+    folder: Path, recorded: Mapping[str, Any], given: Sequence[int] | None
+) -> tuple[int, ...]:
     """Shape of one image: what was given, or what the report of a run says."""
     source = "--image-size"
     if given is None:
-        report = folder / "report.json"
-        source = f"{report}: image_shape"
-        try:
-            given = json.loads(report.read_text())["settings"].get("image_shape")
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{report} is no report of a run: {error!r}") from error
+        source = f"{folder / 'report.json'}: image_shape"
+        given = recorded.get("image_shape")
     if given is None:
         raise ValueError(
             f"{folder / 'report.json'} does not say which shape its images had; give it"

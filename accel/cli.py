@@ -27,7 +27,7 @@ from accel.progress import ConsoleProgress, LineProgress
 from accel.report.console import benchmark_summary, summary
 from accel.report.environment import command_text
 from accel.tables import Table, make_table
-from accel.tables.grid import VARIED, TableKind
+from accel.tables.grid import TIMING, VARIED, TableKind
 from accel.weights import load
 
 USAGE = """\
@@ -99,7 +99,8 @@ class MakeBenchmark:
         batch_sizes: Images per batch; each is measured by itself.
         seconds: Time for all timed runs of the networks together; compilation and the single
             layers come on top.
-        dtype: What both networks compute in: float32, bfloat16 or float16.
+        dtype: What both networks compute in: float32, bfloat16 or float16; by default what the run
+            evaluated in, or float32.
         onnx: The original network as an ONNX file, to be timed beside both by ONNX Runtime.
         image_size: Height, width and channels of the images; by default those of the run, which
             folders of earlier versions do not say.
@@ -109,7 +110,7 @@ class MakeBenchmark:
     out: Path | None = None
     batch_sizes: tuple[int, ...] = (1, 8)
     seconds: float = 30.0
-    dtype: str = "float32"
+    dtype: str | None = None
     onnx: Path | None = None
     image_size: tuple[int, ...] | None = None
 
@@ -244,6 +245,12 @@ def _table(rest: Sequence[str]) -> int:
     for name in VARIED:
         if getattr(asked.table.experiment, name) != getattr(table.experiment, name):
             raise ValueError(f"--{name.replace('_', '-')} has no effect: the table says it itself")
+    for name in () if asked.table.TIMED else TIMING:
+        if getattr(asked.table.experiment, name) != getattr(table.experiment, name):
+            raise ValueError(
+                f"--{name.replace('_', '-')} has no effect: a line of this table is not the time of"
+                " one network"
+            )
     name = "_".join(file.stem for file in files)
     dated = Path("results") / f"{time.strftime('%Y-%m-%d')}_{name}"
     made = asked.table.smoke() if asked.smoke else asked.table

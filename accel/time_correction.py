@@ -151,7 +151,7 @@ def _fitted(timed: Sequence[TimedPlan], times: Mapping[str, LayerTimes]) -> _Fit
         solved = np.append(_robust_ridge(relative[:, :-1], rest=False), 0.0)
     scales, rest = solved[:-1], float(solved[-1])
     mean = float(scales.mean())
-    scales = np.clip(scales, *(mean * limit for limit in SCALES))
+    scales = np.clip(scales, mean * SCALES[0], mean * SCALES[1])
     every = dict.fromkeys(
         candidate.decomposition for layer in times.values() for candidate in layer.candidates
     )

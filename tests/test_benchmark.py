@@ -241,6 +241,18 @@ def test_an_older_folder_needs_the_shape_of_its_images(
     assert not (folder / "benchmark.json").exists()
 
 
+def test_networks_compute_in_what_the_run_evaluated_in(accelerated_folder, timed_layers, tmp_path):
+    folder = tmp_path / "reduced"
+    shutil.copytree(accelerated_folder / "model", folder / "model")
+    settings = {"image_shape": [SIZE, SIZE, 1], "inference_dtype": "bfloat16"}
+    (folder / "report.json").write_text(json.dumps({"settings": settings}))
+    command = ["benchmark", str(folder), "--batch-sizes", "2", "--seconds", "0.1"]
+    assert main(command) == 0
+    assert json.loads((folder / "benchmark.json").read_text())["dtype"] == "bfloat16"
+    assert main([*command, "--dtype", "float32", "--out", str(tmp_path / "single.json")]) == 0
+    assert json.loads((tmp_path / "single.json").read_text())["dtype"] == "float32"
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

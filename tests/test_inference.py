@@ -1,3 +1,5 @@
+import re
+
 import jax
 import jax.numpy as jnp
 import networks
@@ -7,7 +9,7 @@ from flax import nnx
 
 from accel import compile_inference
 from accel.evaluation import compare_outputs
-from accel.evaluation.forward import in_dtype
+from accel.evaluation.forward import forward_function, in_dtype
 from accel.images import ArraySource
 from accel.inference import with_any_weights
 
@@ -54,6 +56,26 @@ def test_a_type_that_layers_name_is_replaced():
     cast = in_dtype(layer, "bfloat16")
     assert cast(jnp.ones((1, 8, 8, 3), jnp.bfloat16)).dtype == jnp.bfloat16
     assert layer.kernel.dtype == layer.dtype == jnp.float32
+
+
+@pytest.mark.parametrize("name", ["chain", "residual"])
+def test_all_of_a_network_is_computed_in_reduced_precision(name):
+    forward, state = forward_function(networks.network(name), "bfloat16")
+    convolutions = re.findall(
+        r"stablehlo.convolution.*: \(tensor<[^>]*x(\w+)>, tensor<[^>]*x(\w+)>\)",
+        jax.jit(forward).lower(state, IMAGES).as_text(),
+    )
+    assert len(convolutions) > 2
+    assert set(convolutions) == {("bf16", "bf16")}
+
+
+def test_values_beyond_a_types_range_are_named():
+    """Without a word they would become infinite, and a channel of batch norm nothing."""
+    norm = nnx.BatchNorm(4, rngs=nnx.Rngs(0))
+    norm.var[...] = jnp.array([1.0, 7e4, 1.0, 1.0])
+    with pytest.raises(ValueError, match=r"var: a value of 7e\+04 is beyond float16's range"):
+        in_dtype(norm, "float16")
+    assert in_dtype(norm, "bfloat16").var.dtype == jnp.bfloat16
 
 
 def test_types_that_are_no_floats_are_refused():

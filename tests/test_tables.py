@@ -445,6 +445,7 @@ def test_the_record_tells_nothing_of_the_machine():
         ("whole_network", ["--speedups"], "nothing is asked for"),
         ("whole_network", ["--latency-batches", "0"], "latency needs batch sizes of 1 or more"),
         ("whole_network", ["--speedup", "3"], "--speedup has no effect"),
+        ("single_layer", ["--latency-batches", "4"], "--latency-batches has no effect"),
         ("single_layer", ["--layers", "conv9"], "unknown layer 'conv9'; known: 'conv1_1', "),
         ("single_layer", ["--shares", "1.5"], "shares are above 0 and up to 1"),
         ("single_layer", ["--earlier-speedup", "0.5"], "a finite number above 1"),

@@ -68,14 +68,20 @@ def in_dtype(model: nnx.Module, dtype: str) -> nnx.Module:
     """A copy with all floating-point variables, and the layers that say a type, of another type.
 
     Raises:
-        ValueError: If ``dtype`` is not one of ``DTYPES``.
+        ValueError: If ``dtype`` is not one of ``DTYPES``, or a value is beyond its range, such as a
+            variance of batch norm above 65,504 in float16.
     """
     check_dtype(dtype)
     cast = nnx.clone(model)
-    for _, part in nnx.iter_graph(cast):
+    for path, part in nnx.iter_graph(cast):
         if isinstance(part, nnx.Variable):
             if jnp.issubdtype(part.dtype, jnp.floating):
-                part[...] = part[...].astype(dtype)
+                largest = float(jnp.max(jnp.abs(part[...]), initial=0.0))
+                if largest > float(jnp.finfo(dtype).max):
+                    name = "/".join(map(str, path))
+                    raise ValueError(f"{name}: a value of {largest:.3g} is beyond {dtype}'s range")
+                # Assignment to ``part[...]`` would keep the type.
+                part.set_value(part[...].astype(dtype))
         elif isinstance(part, nnx.Module) and getattr(part, "dtype", None) is not None:
             # A layer's own type would turn what it is given back.
             setattr(part, "dtype", jnp.dtype(dtype))  # noqa: B010 (not every module has one)

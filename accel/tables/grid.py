@@ -64,10 +64,12 @@ class Table(abc.ABC):
         seeds: Seeds of all that is drawn.
         AXES: The fields that say which cells there are.
         KEY: The fields of a line that tell its cell from the others.
+        TIMED: Whether a line is of one whole network, whose time can stand beside it.
     """
 
     AXES: ClassVar[tuple[str, ...]]
     KEY: ClassVar[tuple[str, ...]]
+    TIMED: ClassVar[bool] = False
 
     experiment: Annotated[tyro.conf.AvoidSubcommands[Experiment], tyro.conf.arg(name="")]
     seeds: tuple[int, ...] = (0,)
@@ -114,12 +116,8 @@ class Table(abc.ABC):
 
         Args:
             lines: What was measured.
-            devices: The device of each environment, by its number.
+            devices: The device and the compiler's version of each environment, by its number.
         """
-
-    def timed_batches(self) -> tuple[int, ...]:
-        """The batch sizes of lines' times; none where a line is not of one whole network."""
-        return ()
 
     def with_config(self: TableKind, config: object) -> TableKind:
         """The same table of another experiment or with another training.
@@ -207,7 +205,7 @@ def make_table(table: Table, out: Path, command: str, progress: Progress) -> str
     wanted = [cell for cell in cells if cell not in done]
     if not cells:
         raise ValueError(f"nothing is asked for: one of {', '.join(table.AXES)} is empty")
-    batch_sizes = table.timed_batches()
+    batch_sizes = table.experiment.latency_batches if table.TIMED else ()
     if wanted or lacking_times(lines, batch_sizes):
         original = table.experiment.load_model()
         images = table.experiment.limited(table.experiment.calibration)
@@ -374,7 +372,10 @@ def _write_lines(table: Table, lines: Sequence[Line], out: Path) -> None:
 
 def _write_table(table: Table, lines: Sequence[Line], out: Path) -> str:
     environments = json.loads((out / "environment.json").read_text())
-    text = table.markdown(lines, [environment["device"] for environment in environments])
+    devices = [
+        f"{found['device']} (jaxlib {found['versions']['jaxlib']})" for found in environments
+    ]
+    text = table.markdown(lines, devices)
     write_whole(out / "table.md", text)
     return text
 

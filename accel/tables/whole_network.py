@@ -102,6 +102,7 @@ class WholeNetwork(Table):
 
     AXES: ClassVar = ("seeds", "methods", "speedups", "stages")
     KEY: ClassVar = ("seed", "method", "speedup", "stage")
+    TIMED: ClassVar = True
 
     training: Finetuning
     repair: Distillation = dataclasses.field(default_factory=Distillation)
@@ -129,16 +130,13 @@ class WholeNetwork(Table):
         unused = set() if stages.intersection(TRAINED) else {"training"}
         return unused if "repair" in stages else {*unused, "repair"}
 
-    def timed_batches(self) -> tuple[int, ...]:
-        return self.experiment.latency_batches
-
     def check(self, original: nnx.Module, images: PixelSource) -> None:
         check_names("method", self.methods, METHODS)
         check_names("stage", self.stages, STAGES)
         check_dtype(self.experiment.inference_dtype)
         for speedup in self.speedups:
             check_speedup("speedup", speedup)
-        if batch_sizes := self.timed_batches():
+        if batch_sizes := self.experiment.latency_batches:
             check_measurement("latency", batch_sizes, REPEATS, self.experiment.latency_seconds)
         self.experiment.limited(self.experiment.evaluation)
         if not set(self.stages).intersection(TRAINED):
