@@ -329,10 +329,11 @@ def _times_of_layers(
     for call in program.calls:
         given = specification(call.input)
         layers = [call.layer, *([chains[call.path]] if call.path in chains else [])]
-        seconds = [
-            layer_seconds(in_dtype(layer, dtype), given.shape, dtype, call.activation)
-            for layer in layers
-        ]
+        with kept_memory():
+            seconds = [
+                layer_seconds(in_dtype(layer, dtype), given.shape, dtype, call.activation)
+                for layer in layers
+            ]
         times[call.path] = (1000 * seconds[0], 1000 * seconds[-1])
         progress.advance(1)
     return times

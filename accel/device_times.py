@@ -31,6 +31,7 @@ from accel.error_curves import ErrorCurve
 from accel.evaluation.forward import forward_function
 from accel.files import write_whole
 from accel.inference import with_any_weights, with_weights
+from accel.memory import keep_free_memory, kept_memory
 from accel.plan import LayerPlan
 from accel.program import LayerCall, specification
 from accel.progress import Progress
@@ -82,6 +83,8 @@ def layer_seconds(
 ) -> float:
     """Seconds that a layer or a chain takes, with the activation that follows, on the device.
 
+    The process keeps the memory that is freed, as in inference (``accel.memory.kept_memory``).
+
     Args:
         layer: The layer; the values of its weights do not matter.
         input_shape: Shape of what it is given, the batch first.
@@ -109,6 +112,7 @@ def layer_seconds(
         nothing = jax.numpy.zeros(outputs.shape, outputs.dtype)
         return jax.lax.fori_loop(0, count, once, (images, nothing))[1]
 
+    keep_free_memory()
     # How often is an argument, so that the program is compiled once.
     run = jax.jit(looped).lower(1, *arguments, inputs).compile()
     jax.block_until_ready(run(1, *arguments, inputs))
@@ -214,7 +218,8 @@ def measure_times(
         timed = partial(
             known.seconds, input_shape=shape, dtype=given.dtype, activation=call.activation
         )
-        times[call.path] = _layer_times(call, curves[call.path].candidates, timed)
+        with kept_memory():
+            times[call.path] = _layer_times(call, curves[call.path].candidates, timed)
         known.save()
         progress.advance(1)
     return times

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from importlib.metadata import version
 from pathlib import Path
 
 import networks
@@ -244,7 +245,8 @@ def test_lines_without_times_get_them_of_their_plans_alone(tmp_path, monkeypatch
     record = table.record()
     record["experiment"] |= {"latency_batches": [], "latency_seconds": 10.0}
     (tmp_path / "experiment.json").write_text(json.dumps(record))
-    (tmp_path / "environment.json").write_text('[{"device": "a busy machine"}]')
+    environment = {"device": "a busy machine", "versions": {"jaxlib": "0.1"}}
+    (tmp_path / "environment.json").write_text(json.dumps([environment]))
     earlier = [
         *(planned_line(0, 2.0, 40), planned_line(0, 3.0, 20)),
         # As earlier versions timed it; of the other seed's plan.
@@ -292,14 +294,15 @@ def test_lines_without_times_get_them_of_their_plans_alone(tmp_path, monkeypatch
     assert (idle.networks, said) == ([], [])
     assert json.loads((tmp_path / "experiment.json").read_text()) == table.record()
     title = "(time of the original / time of the accelerated network) on"
+    device = f"an idle machine (jaxlib {version('jaxlib')})"
     assert text.strip().split("\n\n") == [
-        f"**measured speedup at batch 1** {title} an idle machine, mean ± standard deviation over"
+        f"**measured speedup at batch 1** {title} {device}, mean ± standard deviation over"
         " seeds 0, 1; columns: speedup in MACs",
         "| method | 2× | 3× |\n|---|--:|--:|\n| weight SVD | 2.00 ± 0.00 | 2.50 ± 0.71 |",
-        f"**measured speedup at batch 8** {title} a busy machine, mean ± standard deviation over"
-        " seeds 0, 1; columns: speedup in MACs",
+        f"**measured speedup at batch 8** {title} a busy machine (jaxlib 0.1), mean ± standard"
+        " deviation over seeds 0, 1; columns: speedup in MACs",
         "| method | 2× |\n|---|--:|\n| weight SVD | 1.50 ± 0.00 |",
-        f"**measured speedup at batch 8** {title} an idle machine, mean ± standard deviation over"
+        f"**measured speedup at batch 8** {title} {device}, mean ± standard deviation over"
         " seeds 0, 1; columns: speedup in MACs",
         "| method | 3× |\n|---|--:|\n| weight SVD | 9.50 ± 0.71 |",
     ]
