@@ -57,11 +57,15 @@ def command_text(arguments: Sequence[str]) -> str:
 
 
 def _processor() -> str:
+    """The processor's name; a virtual machine's may say the maker alone, so the model is told."""
     try:
-        with open("/proc/cpuinfo") as information:
-            for line in information:
-                if line.startswith("model name"):
-                    return line.partition(":")[2].strip()
+        information = Path("/proc/cpuinfo").read_text()
     except OSError:
-        pass
-    return platform.processor() or platform.machine()
+        information = ""
+    # One paragraph a core.
+    lines = [line.partition(":") for line in information.partition("\n\n")[0].splitlines()]
+    found = {name.strip(): value.strip() for name, _, value in lines}
+    name = found.get("model name") or platform.processor() or platform.machine()
+    if "cpu family" in found and "model" in found:
+        name += f" (family {found['cpu family']}, model {found['model']})"
+    return name
