@@ -23,7 +23,7 @@ from accel.finetuning_experiment import Finetuning, run_finetuning
 from accel.memory import use_one_pool
 from accel.models import ModelSpec
 from accel.plan import AccelerationPlan
-from accel.progress import ConsoleProgress, LineProgress
+from accel.progress import LineProgress, reported
 from accel.report.console import benchmark_summary, summary
 from accel.report.environment import command_text
 from accel.tables import Table, make_table
@@ -184,7 +184,7 @@ def _run(config: Path, arguments: Sequence[str]) -> int:
     )
     experiment = asked.experiment.smoke() if asked.smoke else asked.experiment
     out = asked.out or _new_folder(config)
-    with ConsoleProgress() as progress:
+    with reported() as progress:
         result = run(experiment, experiment.model.name, out, progress)
     text = summary(result.report)
     Console().print(text)
@@ -203,7 +203,7 @@ def _finetune(folder: Path, config: Path, arguments: Sequence[str]) -> int:
     )
     finetuning = asked.finetuning.smoke() if asked.smoke else asked.finetuning
     out = asked.out or _new_folder(config)
-    with ConsoleProgress() as progress:
+    with reported() as progress:
         report = run_finetuning(finetuning, folder, out, progress)
     print(report.text())
     print(f"results in {out}")
@@ -213,7 +213,7 @@ def _finetune(folder: Path, config: Path, arguments: Sequence[str]) -> int:
 def _benchmark(rest: Sequence[str]) -> int:
     asked = tyro.cli(MakeBenchmark, args=rest, prog="accel benchmark")
     out = asked.out or asked.folder / BENCHMARK_FILE
-    with ConsoleProgress() as progress:
+    with reported() as progress:
         found = benchmark(
             asked.folder,
             out,

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import TracebackType
 
 from rich.console import Console
@@ -26,10 +30,38 @@ class Progress:
 
 
 class LineProgress(Progress):
-    """What is said, as plain lines: for runs of so many parts that bars would fill the console."""
+    """Plain lines: for logs, and for runs of so many parts that bars would fill the console.
+
+    Beside what is said there is a line now and then on how far a long piece of work has come.
+
+    Args:
+        interval: Seconds between two such lines.
+    """
+
+    def __init__(self, interval: float = 60.0):
+        self.interval = interval
+        self.description, self.done, self.total = "", 0, 0
+        self.started = self.told = time.monotonic()
 
     def say(self, text: str) -> None:
         print(text, flush=True)
+
+    def begin(self, description: str, total: int) -> None:
+        self.description, self.done, self.total = description, 0, total
+        self.started = time.monotonic()
+
+    def advance(self, amount: int) -> None:
+        self.done += amount
+        now = time.monotonic()
+        if now - self.told < self.interval or not 0 < self.done < self.total:
+            return
+        self.told = now
+        left = (now - self.started) * (self.total - self.done) / self.done
+        text = f"{left / 60:.0f} min" if left > 90 else f"{left:.0f} s"
+        self.say(f"{self.description}: {self.done} of {self.total}, about {text} left")
+
+    def describe(self, description: str) -> None:
+        self.description = description
 
 
 class ConsoleProgress(Progress):
@@ -70,3 +102,13 @@ class ConsoleProgress(Progress):
     def describe(self, description: str) -> None:
         if self.task is not None:
             self.bars.update(self.task, description=description)
+
+
+@contextmanager
+def reported() -> Iterator[Progress]:
+    """Bars where somebody looks at the console, lines where the output goes to a file or a pipe."""
+    if sys.stdout.isatty():
+        with ConsoleProgress() as progress:
+            yield progress
+    else:
+        yield LineProgress()

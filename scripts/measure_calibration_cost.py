@@ -20,11 +20,11 @@ import jax
 import numpy as np
 import tyro
 
-from accel import ConsoleProgress
 from accel.configuration import load_config
 from accel.evaluation.forward import forward_function
 from accel.experiment import Experiment
 from accel.images import full_batches
+from accel.progress import reported
 from accel.report.environment import command_line
 
 
@@ -53,7 +53,7 @@ def main() -> None:
     experiment = asked.experiment
     original = experiment.load_model()
     images = experiment.limited(experiment.calibration)
-    with ConsoleProgress() as progress:
+    with reported() as progress:
         result = experiment.accelerate(original, images, progress)
     passes = {
         "original": forward_seconds(original, images, experiment.batch_size),
