@@ -18,8 +18,9 @@ from flax import nnx
 
 from accel.checkpoint import load_model, save_model, saved_plan, saved_spec
 from accel.data import FlipAndShift, PixelSource
+from accel.data.settings import Images
 from accel.evaluation import accuracy
-from accel.experiment import Images, begin_folder
+from accel.files import begin_folder
 from accel.finetune import (
     Epoch,
     FinetuneResult,

@@ -10,7 +10,7 @@ other work; accuracy on the held-back images 0.9283 before, 0.9373 after (the or
 several learning rates, did not raise accuracy on the held-back images.
 """
 
-from accel.experiment import BundledImages, IdxImages
+from accel.data.settings import BundledImages, IdxImages
 from accel.finetuning_experiment import Finetuning
 
 config = Finetuning(

@@ -8,7 +8,7 @@ five windows of each training picture, half of them mirrored: one epoch of these
 of the pictures. ImageNet was not at hand where this was written: no figures.
 """
 
-from accel.experiment import TfdsImages
+from accel.data.settings import TfdsImages
 from accel.finetuning_experiment import Finetuning
 
 config = Finetuning(

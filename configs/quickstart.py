@@ -5,7 +5,8 @@
 Needs no download. Measured figures are in the README's first table.
 """
 
-from accel.experiment import BUNDLED, BundledImages, Experiment
+from accel.data.settings import BundledImages
+from accel.experiment import BUNDLED, Experiment
 from accel.models import ModelSpec
 
 config = Experiment(

@@ -10,7 +10,8 @@ ImageNet was not at hand where this was written: the path is proved by tests on 
 the same structure.
 """
 
-from accel.experiment import Experiment, TfdsImages
+from accel.data.settings import TfdsImages
+from accel.experiment import Experiment
 from accel.models import ModelSpec
 
 config = Experiment(

@@ -8,7 +8,8 @@ identifiers); TRAIN any training pictures, 3,000 of which are drawn. Otherwise a
 ``configs/vgg16_imagenet.py``.
 """
 
-from accel.experiment import Experiment, FolderImages
+from accel.data.settings import FolderImages
+from accel.experiment import Experiment
 from accel.models import ModelSpec
 
 config = Experiment(

@@ -9,7 +9,8 @@ Measured is how far the output (relu5_3) is from the original's on pictures that
 to. Measured figures are in the README.
 """
 
-from accel.experiment import Experiment, FolderImages
+from accel.data.settings import FolderImages
+from accel.experiment import Experiment
 from accel.models import ModelSpec
 
 config = Experiment(

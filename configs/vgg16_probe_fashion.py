@@ -15,7 +15,8 @@ Calibration, without labels, is on 3,000 training images that the probe was neit
 chosen by: those before the last 3,000, which ``train_linear_probe.py`` holds back.
 """
 
-from accel.experiment import Experiment, IdxImages
+from accel.data.settings import IdxImages
+from accel.experiment import Experiment
 from accel.models import ModelSpec
 
 config = Experiment(

@@ -39,8 +39,10 @@ from scipy.special import log_softmax
 from accel.checkpoint import save_model
 from accel.configuration import load_config
 from accel.data import ArrayImages, PixelSource
+from accel.data.settings import IdxImages
 from accel.evaluation import accuracy
-from accel.experiment import Experiment, IdxImages, begin_folder
+from accel.experiment import Experiment
+from accel.files import begin_folder
 from accel.images import padded
 from accel.models import ModelSpec
 from accel.models.vgg import VGG

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from accel.data import ArrayImages, ResizedImages, idx_images
-from accel.experiment import IdxImages
+from accel.data.settings import IdxImages
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (7, 5, 4), np.uint8)
 LABELS = np.array([0, 1, 2, 3, 4, 9, 0], np.uint8)

@@ -9,8 +9,9 @@ from flax import nnx
 from PIL import Image
 
 from accel.data import ArrayImages
+from accel.data.settings import FolderImages
 from accel.evaluation import accuracy, compare_outputs
-from accel.experiment import Experiment, FolderImages
+from accel.experiment import Experiment
 from accel.images import ArraySource
 from accel.models import ModelSpec
 

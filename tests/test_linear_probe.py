@@ -16,11 +16,13 @@ from test_data_idx import idx
 import accel
 from accel.cli import main as accel_main
 from accel.configuration import load_config
-from accel.experiment import Experiment, IdxImages
+from accel.data.settings import IdxImages
+from accel.experiment import Experiment
 
 CONFIG = Path(__file__).parent.parent / "configs" / "vgg16_probe_fashion.py"
 SMALL_CONFIG = """
-from accel.experiment import Experiment, IdxImages
+from accel.data.settings import IdxImages
+from accel.experiment import Experiment
 from accel.models import ModelSpec
 
 config = Experiment(

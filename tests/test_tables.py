@@ -13,7 +13,8 @@ from flax import nnx
 import accel
 from accel.cli import main
 from accel.configuration import load_config
-from accel.experiment import BUNDLED, BundledImages, FolderImages, IdxImages
+from accel.data.settings import BundledImages, FolderImages, IdxImages
+from accel.experiment import BUNDLED
 from accel.progress import Progress
 from accel.rewrite import FactorizedConv
 from accel.tables import Table, make_table
