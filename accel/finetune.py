@@ -29,6 +29,7 @@ from accel.data.source import LabelledSource, PixelSource
 from accel.evaluation import accuracy
 from accel.evaluation.accuracy import output_classes
 from accel.evaluation.forward import forward_function, output_shape
+from accel.kernel_gradient import with_fast_kernel_gradients
 from accel.program import path_name
 from accel.progress import Progress
 from accel.training_checkpoint import TrainingCheckpoints
@@ -346,7 +347,7 @@ def training_step(
         rule: See ``gradient_rule``.
         augmentation, precision: See ``finetune``.
     """
-    training = nnx.clone(network)
+    training = with_fast_kernel_gradients(network)
     training.train()
     if precision == "bfloat16":
         for _, node in nnx.iter_graph(training):

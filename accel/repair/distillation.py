@@ -29,6 +29,7 @@ import optax
 from flax import nnx, serialization
 
 from accel.images import ArraySource, ImageSource, checked_fitting, full_batches, padded
+from accel.kernel_gradient import with_fast_kernel_gradients
 from accel.program import LayerCall, Program, specification, trace
 from accel.progress import Progress
 from accel.repair.augmentation import augment
@@ -215,8 +216,9 @@ def distill(
                 distilled(),
             )
 
-    progress.begin("distilling", settings.epochs * task.steps * batch_size)
-    progress.advance((len(state.history) - 1) * task.steps * batch_size)
+    # History begins with the state before the first epoch.
+    left = settings.epochs + 1 - len(state.history)
+    progress.begin("distilling", left * task.steps * batch_size)
     for epoch in range(len(state.history), settings.epochs + 1):
         order_key, view_key = jax.random.split(jax.random.fold_in(jax.random.key(seed), epoch))
         order = np.asarray(jax.random.permutation(order_key, len(fitted)))
@@ -262,7 +264,7 @@ class _Network:
     """
 
     def __init__(self, model: nnx.Module, images: jax.ShapeDtypeStruct):
-        self.program = trace(model, images, LAYERS)
+        self.program = trace(with_fast_kernel_gradients(model), images, LAYERS)
         outputs = self.program.jaxpr.outvars
         if len(outputs) != 1 or not isinstance(outputs[0], jex.Var):
             raise ValueError(
