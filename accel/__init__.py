@@ -14,6 +14,7 @@ from accel.images import ArraySource, ImageSource
 from accel.inference import Inference, compile_inference
 from accel.latency_budget import select_for_latency
 from accel.loss_budget import AllowedLoss, Probe, WithinLoss, search_within_loss
+from accel.memory import use_one_pool
 from accel.models import ModelSpec
 from accel.plan import AccelerationPlan, LayerPlan
 from accel.progress import ConsoleProgress, Progress
@@ -75,4 +76,5 @@ __all__ = [
     "select_for_latency",
     "select_ranks",
     "select_within_error",
+    "use_one_pool",
 ]

@@ -186,7 +186,9 @@ def benchmark(
         raise ValueError(f"{model_folder} does not say how its original network is built")
     if plan is None or not plan.layers:
         raise ValueError(f"{model_folder} holds no accelerated network")
-    recorded = _settings(folder / "report.json", needed=image_shape is None)
+    report = folder / "report.json"
+    told = image_shape is not None and (dtype is not None or not report.exists())
+    recorded = {} if told else _settings(report)
     computed_in = dtype or recorded.get("inference_dtype") or "float32"
     check_dtype(computed_in)
     shape = _image_shape(folder, recorded, image_shape)
@@ -287,10 +289,8 @@ def check_measurement(name: str, batch_sizes: Sequence[int], repeats: int, secon
         )
 
 
-def _settings(report: Path, *, needed: bool) -> dict[str, Any]:
-    """The settings that the report of a run tells; none where there is no report."""
-    if not needed and not report.exists():
-        return {}
+def _settings(report: Path) -> dict[str, Any]:
+    """The settings that the report of a run tells."""
     try:
         return dict(json.loads(report.read_text())["settings"])
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -372,11 +372,12 @@ def _interleaved(
     runs: dict[str, Callable[[], Any]], repeats: int, seconds: float
 ) -> dict[str, list[float]]:
     """Times of each run in milliseconds, after rounds that are not timed."""
+    begin = time.perf_counter()
     for _ in range(SETTLING):
         before = page_faults()
         for run in runs.values():
             run()
-        if page_faults() - before < SETTLED:
+        if page_faults() - before < SETTLED or time.perf_counter() - begin > seconds:
             break
     milliseconds: dict[str, list[float]] = {name: [] for name in runs}
     order = list(runs)

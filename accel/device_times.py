@@ -31,7 +31,7 @@ from accel.error_curves import ErrorCurve
 from accel.evaluation.forward import forward_function
 from accel.files import write_whole
 from accel.inference import with_any_weights, with_weights
-from accel.memory import keep_free_memory, kept_memory
+from accel.memory import keep_free_memory, kept_memory, one_pool
 from accel.plan import LayerPlan
 from accel.program import LayerCall, specification
 from accel.progress import Progress
@@ -100,16 +100,14 @@ def layer_seconds(
     def looped(count: int, *given: Any) -> jax.Array:
         """The layer ``count`` times, each time on inputs that hang on the outputs before.
 
-        One element is written, in place; otherwise the compiler would run the layer once. (An
-        index in brackets may lie outside, and the compiler then chooses between two whole arrays.)
-        The outputs are handed from run to run, so that all of them are computed.
+        They are the same, but the compiler must not know, or it would run the layer once. (Writing
+        one element instead made it copy all of them at every run.) The outputs are handed from run
+        to run, so that all of them are computed.
         """
         *weights, images = given
 
         def once(_: Any, carried: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-            inputs, before = carried
-            one = before.reshape(-1)[-1:].reshape((1,) * inputs.ndim).astype(inputs.dtype)
-            inputs = jax.lax.dynamic_update_slice(inputs, one, (0,) * inputs.ndim)
+            inputs, _ = jax.lax.optimization_barrier(carried)
             return inputs, activate(function(*weights, inputs), activation)
 
         outputs = jax.eval_shape(function, *weights, images)
@@ -130,12 +128,13 @@ def layer_seconds(
 
     shortest(1)
     # The loop begins with copies of what it is given: a tenth of a layer's time and more where
-    # large images go through few channels.
+    # large images go through few channels. What is left has to be more than their noise.
     handing_over = shortest(0)
+    enough = max(TIMED_SECONDS / 2, handing_over)
     count = 1
     while True:
         total = shortest(count)
-        if total - handing_over >= TIMED_SECONDS / 2:
+        if total - handing_over >= enough:
             return (total - handing_over) / count
         count = max(2 * count, round(TIMED_SECONDS * count / total))
 
@@ -155,7 +154,7 @@ class TimeCache:
     def __init__(self, folder: Path):
         kept = ("jax", "jaxlib", "flax")
         where = {"device": device_name(), **{name: versions().get(name) for name in kept}}
-        where["form"] = FORM
+        where |= {"form": FORM, "memory": "one pool" if one_pool() else "the usual pools"}
         text = json.dumps(where, sort_keys=True)
         self.file = folder / f"times-{hashlib.sha256(text.encode()).hexdigest()[:16]}.json"
         self.content: dict[str, Any] = {"measured_on": where, "seconds": {}}

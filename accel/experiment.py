@@ -24,7 +24,7 @@ from accel.checkpoint import load_model, save_model, saved_spec
 from accel.data import PixelSource
 from accel.data.settings import Images
 from accel.evaluation import accuracy, compare_outputs
-from accel.evaluation.forward import check_dtype
+from accel.evaluation.forward import check_dtype, in_dtype
 from accel.files import begin_folder
 from accel.models import ModelSpec
 from accel.progress import Progress
@@ -252,6 +252,8 @@ def run(experiment: Experiment, name: str, out: Path, progress: Progress) -> Res
             f" {experiment.inference_dtype} cannot be given with latency_speedup or latency_ms"
         )
     original = experiment.load_model()
+    if experiment.inference_dtype is not None:
+        in_dtype(original, experiment.inference_dtype)  # Values beyond its range show now.
     images = experiment.limited(experiment.calibration)
     experiment.limited(experiment.evaluation)  # What is wrong with it shows now.
     partial = begin_folder(to_json(experiment), out)

@@ -81,6 +81,10 @@ def select_for_latency(
             f"a speedup or milliseconds can be asked for, not both: found"
             f" {speedup} and {milliseconds}"
         )
+    if speedup is not None:
+        check_speedup("latency_speedup", speedup)
+    elif milliseconds is None:
+        raise ValueError("neither a speedup nor milliseconds are asked for")
     image_shape = specification(calibration.program.images).shape[1:]
     compiled = compile_inference(original, (batch_size, *image_shape))
     if milliseconds is not None:
@@ -93,9 +97,7 @@ def select_for_latency(
                 f"latency_ms of {milliseconds:g}: the original takes {row['original_ms']:.3g} ms"
                 f" at batch {batch_size} already"
             )
-    if speedup is None:
-        raise ValueError("neither a speedup nor milliseconds are asked for")
-    check_speedup("latency_speedup", speedup)
+    assert speedup is not None
     progress = progress or Progress()
     curves = measure_errors(calibration, progress=progress) if curves is None else curves
     calls = [call for call in calibration.calls if isinstance(call.layer, nnx.Conv)]
@@ -103,10 +105,9 @@ def select_for_latency(
         measured = measure_times(calls, curves, batch_size, cache=cache, progress=progress)
         times = correct_times(
             calibration,
-            original,
+            compiled,
             measured,
             curves,
-            batch_size,
             rules=rules,
             seconds=seconds / 4,
             progress=progress,

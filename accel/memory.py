@@ -60,6 +60,12 @@ def use_one_pool() -> None:
     threads, that is before its first array.
     """
     _mallopt(_ARENA_MAX, 1)
+    _one_pool.append(True)
+
+
+def one_pool() -> bool:
+    """Whether ``use_one_pool`` was called."""
+    return bool(_one_pool)
 
 
 def stop_keeping_free_memory() -> None:
@@ -87,6 +93,7 @@ _KEPT = (2**30, 2**31 - 1)
 _USUAL = (2**25, 2**26)
 
 
+_one_pool: list[bool] = []
 # Those that were set last: setting them takes as long as a small layer.
 _set: list[tuple[int, int]] = []
 

@@ -22,23 +22,21 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from flax import nnx
 from jaxtyping import Float64
 
 from accel.calibration import Calibration
 from accel.device_times import LayerTimes
 from accel.error_curves import ErrorCurve
-from accel.inference import compile_inference
+from accel.inference import Inference
 from accel.memory import kept_memory
 from accel.plan import AccelerationPlan
-from accel.program import specification
 from accel.progress import Progress
 from accel.rank_selection import Rules
 from accel.selection import least_seconds, select_by_time
 from accel.timed_plan import TimedPlan, time_plan
 
 PLANS = 24
-# λ: so that a kind that is in few of the plans about keeps its times.
+# λ: so that a kind that is in few of the plans has about the mean scale.
 RIDGE = 0.03
 # δ: a plan that is off by more counts as an outlier.
 OUTLIER = 0.03
@@ -53,10 +51,9 @@ FASTER = (1.5, 4.0)
 
 def correct_times(
     calibration: Calibration,
-    original: nnx.Module,
+    original: Inference,
     times: Mapping[str, LayerTimes],
     curves: Mapping[str, ErrorCurve],
-    batch_size: int,
     *,
     rules: Rules | None = None,
     seconds: float = 1.5,
@@ -69,23 +66,20 @@ def correct_times(
 
     Args:
         calibration: From ``calibrate``.
-        original: The network as it was given to ``calibrate``.
+        original: The network as it was given to ``calibrate``, compiled for the batches.
         times: From ``measure_times``.
         curves: From ``measure_errors``: the chains that there are.
-        batch_size: Images per batch.
         rules: As in ``accelerate``.
         seconds: Time for timing one plan, in turns with the original.
         progress: Receives what is being done.
     """
     progress = progress or Progress()
     plans = random_plans(calibration, times, curves, PLANS, seed=0, rules=rules)
-    image_shape = specification(calibration.program.images).shape[1:]
-    compiled = compile_inference(original, (batch_size, *image_shape))
-    progress.begin(f"timing networks at batch {batch_size}", len(plans))
+    progress.begin(f"timing networks at batch {original.shape[0]}", len(plans))
     timed = []
     with kept_memory():
         for plan in plans:
-            timed.append(time_plan(calibration, compiled, plan, times, seconds))
+            timed.append(time_plan(calibration, original, plan, times, seconds))
             progress.advance(1)
     scales, rest = _fitted(timed, times)
     share = rest / 1000 / len(times)
@@ -151,6 +145,9 @@ def _fitted(timed: Sequence[TimedPlan], times: Mapping[str, LayerTimes]) -> _Fit
         solved = np.append(_robust_ridge(relative[:, :-1], rest=False), 0.0)
     scales, rest = solved[:-1], float(solved[-1])
     mean = float(scales.mean())
+    if mean <= 0:
+        # Noise, where these layers are next to nothing of the network's time.
+        scales, mean = np.ones_like(scales), 1.0
     scales = np.clip(scales, mean * SCALES[0], mean * SCALES[1])
     every = dict.fromkeys(
         candidate.decomposition for layer in times.values() for candidate in layer.candidates

@@ -249,6 +249,7 @@ def test_networks_compute_in_what_the_run_evaluated_in(accelerated_folder, timed
     command = ["benchmark", str(folder), "--batch-sizes", "2", "--seconds", "0.1"]
     assert main(command) == 0
     assert json.loads((folder / "benchmark.json").read_text())["dtype"] == "bfloat16"
+    assert {str(dtype) for _, _, dtype, *_ in timed_layers} == {"bfloat16"}
     assert main([*command, "--dtype", "float32", "--out", str(tmp_path / "single.json")]) == 0
     assert json.loads((tmp_path / "single.json").read_text())["dtype"] == "float32"
 

@@ -76,12 +76,14 @@ def in_dtype(model: nnx.Module, dtype: str) -> nnx.Module:
     for path, part in nnx.iter_graph(cast):
         if isinstance(part, nnx.Variable):
             if jnp.issubdtype(part.dtype, jnp.floating):
-                largest = float(jnp.max(jnp.abs(part[...]), initial=0.0))
-                if largest > float(jnp.finfo(dtype).max):
-                    name = "/".join(map(str, path))
-                    raise ValueError(f"{name}: a value of {largest:.3g} is beyond {dtype}'s range")
+                before = part[...]
+                after = before.astype(dtype)
+                lost = jnp.isfinite(before) & ~jnp.isfinite(after)
+                if lost.any():
+                    name, value = "/".join(map(str, path)), float(before[lost][0])
+                    raise ValueError(f"{name}: a value of {value:.3g} is beyond {dtype}'s range")
                 # Assignment to ``part[...]`` would keep the type.
-                part.set_value(part[...].astype(dtype))
+                part.set_value(after)
         elif isinstance(part, nnx.Module) and getattr(part, "dtype", None) is not None:
             # A layer's own type would turn what it is given back.
             setattr(part, "dtype", jnp.dtype(dtype))  # noqa: B010 (not every module has one)

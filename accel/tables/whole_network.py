@@ -36,7 +36,7 @@ from accel.checkpoint import load_model, save_model
 from accel.data import PixelSource
 from accel.error_curves import ErrorCurve
 from accel.evaluation.accuracy import output_classes
-from accel.evaluation.forward import check_dtype, forward_function, output_shape
+from accel.evaluation.forward import forward_function, in_dtype, output_shape
 from accel.files import write_whole
 from accel.finetuning_experiment import Finetuning
 from accel.progress import Progress
@@ -133,7 +133,8 @@ class WholeNetwork(Table):
     def check(self, original: nnx.Module, images: PixelSource) -> None:
         check_names("method", self.methods, METHODS)
         check_names("stage", self.stages, STAGES)
-        check_dtype(self.experiment.inference_dtype)
+        if self.experiment.inference_dtype is not None:
+            in_dtype(original, self.experiment.inference_dtype)
         for speedup in self.speedups:
             check_speedup("speedup", speedup)
         if batch_sizes := self.experiment.latency_batches:
