@@ -4,10 +4,8 @@
 
 where DIR holds the four IDX files of Fashion-MNIST (Debian: ``dpkg -L dataset-fashion-mnist``).
 The last 3,000 training images are held back to watch it; the test images are looked at before and
-after. One run (seed 0) on the quickstart's network at 5×: 14 minutes on two CPU cores shared with
-other work; accuracy on the held-back images 0.9283 before, 0.9373 after (the original network:
-0.9370), on the test images 0.9221 before, 0.9292 after. One epoch of 12,000 images, at any of
-several learning rates, did not raise accuracy on the held-back images.
+after. What it gives at 5× is in the README (``results/fashion_whole_network``). One epoch of 12,000
+images, at any of several learning rates, did not raise accuracy on the held-back images.
 """
 
 from accel.data.settings import BundledImages, IdxImages
