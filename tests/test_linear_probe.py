@@ -197,7 +197,7 @@ def test_what_does_not_fit_is_refused_before_long_work(
 ):
     config = tmp_path / "config.py"
     text = SMALL_CONFIG.replace(*edit) if edit else SMALL_CONFIG
-    config.write_text(text.replace("import Experiment,", "import Experiment, FolderImages,"))
+    config.write_text(text.replace("import IdxImages", "import FolderImages, IdxImages"))
     with pytest.raises(ValueError, match=message):
         probe.main(options(probe, files, tmp_path / "out", config=config, **changed))
     assert list(tmp_path.iterdir()) == [config]
