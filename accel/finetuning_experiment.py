@@ -21,17 +21,11 @@ from accel.data import FlipAndShift, PixelSource
 from accel.data.settings import Images
 from accel.evaluation import accuracy
 from accel.files import begin_folder
-from accel.finetune import (
-    Epoch,
-    FinetuneResult,
-    Optimizer,
-    Precision,
-    check_settings,
-    finetune,
-)
+from accel.finetune import Epoch, FinetuneResult, check_settings, finetune
 from accel.progress import Progress
 from accel.reinitialize import reinitialized
 from accel.report.environment import device_name, versions
+from accel.training_step import Optimizer, Precision
 
 
 @dataclasses.dataclass(frozen=True)

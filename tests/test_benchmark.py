@@ -1,3 +1,4 @@
+import itertools
 import json
 import shutil
 import time
@@ -12,7 +13,7 @@ import pytest
 from flax import nnx
 
 import accel
-from accel.benchmark import _interleaved, latency, xla_flops
+from accel.benchmark import SETTLING, _interleaved, latency, xla_flops
 from accel.cli import main
 from accel.plan import AccelerationPlan, LayerPlan
 from accel.rewrite import FactorizedConv, rewrite
@@ -75,6 +76,19 @@ def test_runs_alternate_and_end_with_the_time():
     begin = time.perf_counter()
     assert len(_interleaved(runs, 1000, 0.2)["a"]) < 20
     assert time.perf_counter() - begin < 1
+
+
+def test_rounds_before_the_clock_starts_end_with_the_time_given(monkeypatch):
+    """Where memory goes back to the system at every run, no round ever finds it."""
+    faults = itertools.count(step=10_000)
+    monkeypatch.setattr("accel.benchmark.page_faults", lambda: next(faults))
+    calls = []
+    runs = {"a": lambda: calls.append(time.sleep(0.01))}
+    found = _interleaved(runs, repeats=3, seconds=10)
+    assert len(calls) - len(found["a"]) == SETTLING
+    calls.clear()
+    found = _interleaved(runs, repeats=3, seconds=0.02)
+    assert 0 < len(calls) - len(found["a"]) < 5
 
 
 def test_networks_with_batch_norm_are_timed_and_left_as_they_are():

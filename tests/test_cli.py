@@ -56,6 +56,18 @@ def test_the_quickstart_writes_its_folder(quickstart):
     assert np.isfinite(model(images)).all()
 
 
+def test_values_beyond_the_type_to_evaluate_in_show_before_anything_runs(tmp_path, capfd):
+    spec = accel.ModelSpec("small_vgg")
+    model = spec.build()
+    model.conv1_2.bias[...] = np.full(model.conv1_2.bias.shape, 7e4, np.float32)
+    accel.save_model(tmp_path / "large", model, spec)
+    command = ["run", str(ROOT / "configs/quickstart.py"), "--weights", str(tmp_path / "large")]
+    command += ["--smoke", "--inference-dtype", "float16", "--out", str(tmp_path / "out")]
+    assert main(command) == 1
+    assert "conv1_2/bias: a value of 7e+04 is beyond float16's range" in capfd.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["large"]
+
+
 def test_nothing_is_overwritten(quickstart, capfd):
     config = str(ROOT / "configs/quickstart.py")
     assert main(["run", config, "--smoke", "--out", str(quickstart)]) == 1

@@ -77,6 +77,16 @@ class Interrupted(Exception):
     pass
 
 
+class Counted(accel.Progress):
+    """How much work was said to be there, and how much of it was done."""
+
+    def begin(self, description, total):
+        self.total, self.done = total, 0
+
+    def advance(self, amount):
+        self.done += amount
+
+
 class StopAfter(accel.Progress):
     """Stops a run in the middle of an epoch."""
 
@@ -148,7 +158,11 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_result(pairs, short, tmp_pat
         distill(
             *pairs["residual"], IMAGES, settings=SHORT, resume=tmp_path, progress=StopAfter(200)
         )
-    resumed = distill(*pairs["residual"], IMAGES, settings=SHORT, resume=tmp_path)
+    left, whole = Counted(), Counted()
+    resumed = distill(*pairs["residual"], IMAGES, settings=SHORT, resume=tmp_path, progress=left)
+    distill(*pairs["residual"], IMAGES, settings=SHORT, progress=whole)
+    # What was done before took none of this run's time.
+    assert left.done == left.total < whole.total == whole.done
     assert resumed.history == short.history
     assert_same_arrays(resumed.model, short.model)
     with pytest.raises(ValueError, match="another problem"):

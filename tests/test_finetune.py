@@ -11,11 +11,11 @@ from jax.experimental.compilation_cache import compilation_cache
 import accel
 from accel.data import ArrayImages, FlipAndShift, fashion_test_images
 from accel.decompositions import DECOMPOSITIONS
-from accel.finetune import TrainingState, gradient_rule, training_step
 from accel.models.vgg import VGG
 from accel.plan import AccelerationPlan, LayerPlan
 from accel.progress import Progress
 from accel.rewrite import FactorizedConv, rewrite
+from accel.training_step import TrainingState, gradient_rule, training_step
 
 IMAGES = dataclasses.replace(
     fashion_test_images(),

@@ -78,6 +78,14 @@ def test_values_beyond_a_types_range_are_named():
     assert in_dtype(norm, "bfloat16").var.dtype == jnp.bfloat16
 
 
+def test_constants_that_are_not_finite_stay_what_they_are():
+    """A mask of minus infinities is beyond no type's range, and was so before."""
+    masked = nnx.Linear(4, 2, rngs=nnx.Rngs(0))
+    masked.mask = nnx.Variable(jnp.array([0.0, -jnp.inf, jnp.nan]))
+    for dtype in ("float32", "float16"):
+        np.testing.assert_array_equal(in_dtype(masked, dtype).mask[...], [0, -np.inf, np.nan])
+
+
 def test_types_that_are_no_floats_are_refused():
     model = networks.network("chain")
     with pytest.raises(ValueError, match="computed in float32, bfloat16, float16, found 'int8'"):

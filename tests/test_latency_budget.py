@@ -24,6 +24,7 @@ from accel import (
     timed_plan,
 )
 from accel.budgets import Budget
+from accel.decompositions import DECOMPOSITIONS
 from accel.device_times import (
     LayerTimes,
     TimeCache,
@@ -35,7 +36,7 @@ from accel.latency_budget import select_for_latency
 from accel.plan import LayerPlan
 from accel.program import named_layers
 from accel.rank_selection import Candidate
-from accel.rewrite import rewrite
+from accel.rewrite import chain_for, rewrite
 from accel.selection import select_by_parameters, select_by_time, select_within_error
 from accel.time_correction import correct_times, random_plans
 from accel.timed_plan import TimedPlan, sum_ms, time_plan
@@ -93,11 +94,20 @@ def test_sixteen_times_the_work_takes_several_times_as_long():
     assert 0 < 4 * small < large
 
 
-def test_a_layer_is_really_run_each_time():
+@pytest.mark.parametrize("kind", ["dense", "1x1", "channel", "spatial", "tucker2"])
+def test_a_layer_is_really_run_each_time(kind):
     """Were the layer moved out of the loop, the time of a run would fall with their number."""
     layer, shape = conv(64, 64), (4, 32, 32, 64)
+    if kind == "1x1":
+        layer = nnx.Conv(64, 64, (1, 1), rngs=nnx.Rngs(0))
+    elif kind != "dense":
+        decomposition = DECOMPOSITIONS[kind]
+        ranks = (32, 32) if kind == "tucker2" else (32,)
+        layer = chain_for(layer, decomposition.factors(layer, *ranks))
     seconds = layer_seconds(layer, shape, np.float32, "identity")
-    operations = 4 * 32 * 32 * 9 * 64 * 64
+    image = jax.ShapeDtypeStruct((1, *shape[1:]), np.float32)
+    operations = 4 * sum(count_conv_macs(nnx.Sequential(layer), image).values())
+    assert operations > 4 * 32 * 32 * 64 * 60
     # No core does 2^40 multiply-accumulates a second.
     assert seconds > operations / 2**40
 

@@ -17,7 +17,6 @@ import hashlib
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,9 +29,10 @@ from flax import nnx, serialization
 
 from accel.images import ArraySource, ImageSource, checked_fitting, full_batches, padded
 from accel.kernel_gradient import with_fast_kernel_gradients
-from accel.program import LayerCall, Program, specification, trace
+from accel.program import Program, specification, trace
 from accel.progress import Progress
 from accel.repair.augmentation import augment
+from accel.repair.features import compared_layers
 from accel.rewrite import FactorizedConv, FactorizedLinear
 
 Parameters = list[jax.Array]
@@ -318,7 +318,7 @@ class _Task:
                 f"expected outputs of one shape with a row for each of {batch_size} images, found"
                 f" {shapes[0]} of the original network and {shapes[1]} of the accelerated one"
             )
-        paths = _features(teacher.program, student.program, settings.features)
+        paths = compared_layers(teacher.program, student.program, settings.features)
         self.compared = (*paths, OUTPUTS)
         self.steps = images // batch_size
         self.optimizer = _optimizer(settings, self.steps * settings.epochs)
@@ -413,48 +413,6 @@ def _answers(program: Program, paths: Sequence[str]) -> Callable[[Any, Any], lis
     )
     run = jex.jaxpr_as_fun(jex.ClosedJaxpr(jaxpr, ()))
     return lambda parameters, images: run(*parameters, images)
-
-
-def _features(
-    teacher: Program, student: Program, patterns: Sequence[str] | None
-) -> tuple[str, ...]:
-    """The layers whose inputs are compared, in order of execution, no activation twice."""
-    known = {call.path: call for call in student.calls}
-    calls = [call for call in teacher.calls if call.path in known]
-    if patterns is None:
-        chosen = _stage_ends(calls)
-    else:
-        for pattern in patterns:
-            if not any(fnmatchcase(call.path, pattern) for call in calls):
-                raise ValueError(
-                    f"feature {pattern!r} matches no layer; the layers are"
-                    f" {', '.join(call.path for call in calls) or 'none'}"
-                )
-        chosen = [c for c in calls if any(fnmatchcase(c.path, p) for p in patterns)]
-    paths: dict[Any, str] = {}
-    for call in chosen:
-        before, after = specification(call.input), specification(known[call.path].input)
-        if before.shape != after.shape:
-            raise ValueError(
-                f"what enters {call.path} has the shape {before.shape} in the original network and"
-                f" {after.shape} in the accelerated one"
-            )
-        if call.input is not teacher.images:
-            paths.setdefault(call.input, call.path)
-    return tuple(paths.values())
-
-
-def _stage_ends(calls: Sequence[LayerCall]) -> list[LayerCall]:
-    """The layers at, or before, which the number of positions falls to half or less."""
-    ends, least = [], math.inf
-    for call in calls:
-        before, after = (
-            math.prod(specification(variable).shape[1:-1]) for variable in (call.input, call.output)
-        )
-        if 2 * before <= least < math.inf or 2 * after <= before:
-            ends.append(call)
-        least = min(least, before, after)
-    return ends
 
 
 def _problem(
