@@ -1,13 +1,46 @@
 import importlib.util
+import os
+import shutil
 import sys
+import tempfile
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
 from accel.data import fashion_test_images
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"
+
+# Most of the suite's time is XLA's, compiling small programs: what one process has compiled the
+# others take from this folder, which lives as long as the suite runs.
+COMPILED = "JAX_COMPILATION_CACHE_DIR"
+
+
+def pytest_configure(config):
+    if not hasattr(config, "workerinput"):
+        os.environ[COMPILED] = tempfile.mkdtemp(prefix="accel-tests-")
+        os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+        os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+    jax.config.update("jax_compilation_cache_dir", os.environ[COMPILED])
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def pytest_unconfigure(config):
+    if not hasattr(config, "workerinput"):
+        shutil.rmtree(os.environ.pop(COMPILED), ignore_errors=True)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def optimized(request):
+    """Programs are compiled quickly rather than well, except in modules marked ``optimized``.
+
+    These are the ones that look at times. What programs compute does not hang on it.
+    """
+    wanted = request.node.get_closest_marker("optimized") is not None
+    jax.config.update("jax_disable_most_optimizations", not wanted)
 
 
 @pytest.fixture

@@ -18,6 +18,7 @@ from accel.cli import main
 from accel.plan import AccelerationPlan, LayerPlan
 from accel.rewrite import FactorizedConv, rewrite
 
+pytestmark = pytest.mark.optimized
 SIZE = 8
 PLAN = AccelerationPlan(
     (

@@ -11,6 +11,7 @@ from flax import nnx
 from accel.kernel_gradient import convolve, with_fast_kernel_gradients
 from accel.program import trace
 
+pytestmark = pytest.mark.optimized
 CONVOLUTIONS = {
     "same": {"kernel_size": (3, 3)},
     "valid": {"kernel_size": (3, 3), "padding": "VALID"},

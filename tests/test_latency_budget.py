@@ -41,6 +41,7 @@ from accel.selection import select_by_parameters, select_by_time, select_within_
 from accel.time_correction import correct_times, random_plans
 from accel.timed_plan import TimedPlan, sum_ms, time_plan
 
+pytestmark = pytest.mark.optimized
 KINDS = ("channel", "spatial", "tucker2")
 IMAGES = networks.images(40)
 

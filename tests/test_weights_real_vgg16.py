@@ -27,7 +27,7 @@ from accel.models import ModelSpec
 BGR_MEAN = np.array([103.939, 116.779, 123.68], np.float32)
 SIZE = 240  # the input of the file
 PHOTOS = 16
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.optimized]
 
 
 def _from_environment(name: str) -> Path:
