@@ -180,15 +180,21 @@ class Experiment:
             progress=progress,
         )
 
-    def accuracy(self, model: nnx.Module, dtype: str | None = None) -> dict[str, float]:
+    def accuracy(
+        self, model: nnx.Module, progress: Progress, dtype: str | None = None
+    ) -> dict[str, float]:
         """Accuracies of a network on the evaluation images; none where they were not asked for."""
         if "accuracy" not in self.metrics:
             return {}
         images = self.limited(self.evaluation)
-        return accuracy(model, images, batch_size=self.batch_size, dtype=dtype)
+        return accuracy(model, images, batch_size=self.batch_size, dtype=dtype, progress=progress)
 
     def evaluate(
-        self, original: nnx.Module, accelerated: nnx.Module, before: Mapping[str, float]
+        self,
+        original: nnx.Module,
+        accelerated: nnx.Module,
+        before: Mapping[str, float],
+        progress: Progress,
     ) -> dict[str, dict[str, float]]:
         """The metrics of both networks on the evaluation images.
 
@@ -196,9 +202,10 @@ class Experiment:
             original: The original network.
             accelerated: The accelerated network.
             before: ``accuracy(original)``, so that many networks can be held against one.
+            progress: Receives what is being done.
         """
         images = self.limited(self.evaluation)
-        after = self.accuracy(accelerated, self.inference_dtype)
+        after = self.accuracy(accelerated, progress, self.inference_dtype)
         found = {k: {"original": before[k], "accelerated": after[k]} for k in before}
         if "outputs" in self.metrics:
             compared = compare_outputs(
@@ -207,6 +214,7 @@ class Experiment:
                 images,
                 batch_size=self.batch_size,
                 dtype=self.inference_dtype,
+                progress=progress,
             )
             found |= {name: {"accelerated": value} for name, value in compared.items()}
         return found
@@ -259,7 +267,7 @@ def run(experiment: Experiment, name: str, out: Path, progress: Progress) -> Res
     partial = begin_folder(to_json(experiment), out)
     progress.say(f"writing to {out}; if stopped, it goes on when called again with --out {out}")
     # Before the long work, so that labels which do not fit the network show at once.
-    before = experiment.accuracy(original)
+    before = experiment.accuracy(original, progress)
     before_seconds = time.perf_counter() - start
     result = experiment.accelerate(original, images, progress, resume=partial / "layers")
     if experiment.second_sweep:
@@ -268,7 +276,7 @@ def run(experiment: Experiment, name: str, out: Path, progress: Progress) -> Res
         result = _distilled(experiment, original, images, result, partial, progress)
     evaluation_start = time.perf_counter()
     progress.say("evaluating")
-    metrics = experiment.evaluate(original, result.model, before)
+    metrics = experiment.evaluate(original, result.model, before, progress)
     times = {}
     if experiment.latency_batches:
         progress.say("timing")

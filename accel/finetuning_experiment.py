@@ -193,7 +193,7 @@ def run_finetuning(
     record = json.dumps({"model": str(folder), **asked}, indent=2, default=str) + "\n"
     partial = begin_folder(record, out)
     progress.say(f"writing to {out}; if stopped, it goes on when called again with --out {out}")
-    before = _accuracy(model, evaluation)
+    before = _accuracy(model, evaluation, progress)
     trained_from = time.perf_counter()
     result = finetuning.train(
         reinitialized(model, finetuning.seed) if finetuning.from_scratch else model,
@@ -202,7 +202,7 @@ def run_finetuning(
     )
     trained = time.perf_counter()
     progress.say("evaluating")
-    after = _accuracy(result.model, evaluation)
+    after = _accuracy(result.model, evaluation, progress)
     end = time.perf_counter()
     report = FinetuningReport(
         model=type(model).__name__ if spec is None else spec.name,
@@ -227,9 +227,9 @@ def run_finetuning(
     return report
 
 
-def _accuracy(model: nnx.Module, images: PixelSource) -> dict[str, float]:
+def _accuracy(model: nnx.Module, images: PixelSource, progress: Progress) -> dict[str, float]:
     top = (1, 5) if (images.class_count or 0) >= 10 else (1,)
-    return accuracy(model, images, top=top)
+    return accuracy(model, images, top=top, progress=progress)
 
 
 def _name(value: object) -> str:

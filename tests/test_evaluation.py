@@ -14,6 +14,7 @@ from accel.evaluation import accuracy, compare_outputs
 from accel.experiment import Experiment
 from accel.images import ArraySource
 from accel.models import ModelSpec
+from accel.progress import Progress
 
 
 class Given(nnx.Module):
@@ -96,7 +97,7 @@ def test_the_number_of_the_networks_outputs_decides_whether_there_is_a_top_5(
     )
     assert evaluation.open().class_count is None
     experiment = Experiment(ModelSpec("vgg16"), None, evaluation, evaluation, metrics=("accuracy",))
-    assert experiment.accuracy(Network()).keys() == metrics
+    assert experiment.accuracy(Network(), Progress()).keys() == metrics
 
 
 def test_accuracy_runs_a_copy_in_evaluation_mode(residual):
@@ -260,3 +261,29 @@ def test_a_source_that_does_not_hold_what_it_says_is_refused():
     source = Short(np.ones((5, 1, 1, 4), np.float32))
     with pytest.raises(ValueError, match="has length 5 but gave 3"):
         compare_outputs(Given(), Given(), source)
+
+
+class Counted(Progress):
+    """Keeps what began and how much of it was done."""
+
+    def __init__(self):
+        self.work = []
+
+    def begin(self, description, total):
+        self.work.append([description, total, 0])
+
+    def advance(self, amount):
+        self.work[-1][2] += amount
+
+
+def test_progress_tells_how_many_images_are_done():
+    images = np.eye(5, dtype=np.float32)[:, None, None]
+    progress = Counted()
+    accuracy(
+        Given(),
+        ArrayImages(images[:, None], "unchanged", np.arange(5)),
+        batch_size=2,
+        progress=progress,
+    )
+    compare_outputs(Given(), Given(), ArraySource(images), batch_size=2, progress=progress)
+    assert progress.work == [["measuring accuracy", 5, 5], ["comparing outputs", 5, 5]]

@@ -18,6 +18,7 @@ from accel.evaluation.forward import (
     output_shape,
 )
 from accel.images import padded
+from accel.progress import Progress
 
 # From this many classes on, the class among the five highest outputs says something.
 TOP_5_CLASSES = 10
@@ -30,6 +31,7 @@ def accuracy(
     top: Sequence[int] | None = None,
     batch_size: int = 100,
     dtype: str | None = None,
+    progress: Progress | None = None,
 ) -> dict[str, float]:
     """The share of images whose class is among the k highest outputs: ``{"top1": …, "top5": …}``.
 
@@ -43,6 +45,7 @@ def accuracy(
         top: The k's; by default 1 and, from ten classes on, 5.
         batch_size: Images per batch.
         dtype: What the network computes in, such as ``bfloat16``; None for the types that it has.
+        progress: Receives how many images are done.
 
     Raises:
         ValueError: If outputs are NaN or Inf, or labels, classes and outputs do not fit together.
@@ -53,6 +56,8 @@ def accuracy(
     batch_size = min(batch_size, images)
     forward, state = forward_function(model, dtype)
     name = type(model).__name__
+    progress = progress or Progress()
+    progress.begin("measuring accuracy", images)
 
     correct: dict[int, float] = {}
     classes = None
@@ -82,6 +87,7 @@ def accuracy(
         first += len(batch)
         for k in correct:
             correct[k] += float(np.clip((k - higher) / equal, 0, 1).sum())
+        progress.advance(len(batch))
     if first != images:
         raise ValueError(f"the image source has length {images} but gave {first} images")
     return {f"top{k}": count / images for k, count in correct.items()}

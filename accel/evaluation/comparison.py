@@ -8,6 +8,7 @@ from flax import nnx
 
 from accel.evaluation.forward import check_finite, forward_function, output_shape
 from accel.images import ImageSource, padded
+from accel.progress import Progress
 
 
 def compare_outputs(
@@ -17,6 +18,7 @@ def compare_outputs(
     *,
     batch_size: int = 16,
     dtype: str | None = None,
+    progress: Progress | None = None,
 ) -> dict[str, float]:
     """Compares the outputs f of one network with the outputs g of another on the same images.
 
@@ -35,6 +37,7 @@ def compare_outputs(
         batch_size: Images per batch.
         dtype: What the other network computes in, such as ``bfloat16``; None for the types that it
             has. The original, being the measure, keeps its own.
+        progress: Receives how many images are done.
 
     Raises:
         ValueError: If outputs are NaN or Inf or of different shapes, or all of the original's are
@@ -50,6 +53,8 @@ def compare_outputs(
     }
     jitted = {name: jax.jit(forward) for name, (forward, _) in networks.items()}
 
+    progress = progress or Progress()
+    progress.begin("comparing outputs", images)
     error = energy = cosines = agreed = 0.0
     shapes = None
     first = 0
@@ -80,6 +85,7 @@ def compare_outputs(
         error += float(((f - g) ** 2).sum())
         energy += float((f**2).sum())
         agreed += int((f.argmax(axis=1) == g.argmax(axis=1)).sum())
+        progress.advance(len(images_of_batch))
     if first != images:
         raise ValueError(f"the image source has length {images} but gave {first} images")
     if energy == 0:

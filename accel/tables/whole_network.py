@@ -158,7 +158,7 @@ class WholeNetwork(Table):
         unfinished: Path,
         progress: Progress,
     ) -> Iterator[Line]:
-        before = self.experiment.accuracy(original)
+        before = self.experiment.accuracy(original, progress)
         # Methods with the same decompositions follow each other: one calibration at a time is held.
         order = {kinds: i for i, kinds in enumerate(METHODS[m].decompositions for m in METHODS)}
         ordered = sorted(wanted, key=lambda c: (c[0], order[METHODS[c[1]].decompositions]))
@@ -204,7 +204,7 @@ class WholeNetwork(Table):
         if not line_file.exists():
             plain, result = self._accelerated(start, calibration(), sensitivity, curves, progress)
             if missing == [PLAIN]:
-                yield self._evaluated(plain, start, result.model)
+                yield self._evaluated(plain, start, result.model, progress)
                 return
             shutil.rmtree(model_folder, ignore_errors=True)
             save_model(model_folder, result.model, self.experiment.model, result.plan)
@@ -213,7 +213,7 @@ class WholeNetwork(Table):
         plain, model = json.loads(line_file.read_text()), load_model(model_folder)
         for stage in missing:
             if stage == PLAIN:
-                yield self._evaluated(plain, start, model)
+                yield self._evaluated(plain, start, model, progress)
                 continue
             checkpoints = folder / stage
             progress.say(f"{start.method}, {start.speedup:g}×, seed {start.seed}: {stage}")
@@ -228,7 +228,7 @@ class WholeNetwork(Table):
                 ],
                 **told,
             }
-            yield self._evaluated(line, start, after)
+            yield self._evaluated(line, start, after, progress)
             shutil.rmtree(checkpoints, ignore_errors=True)
 
     def _accelerated(
@@ -304,10 +304,10 @@ class WholeNetwork(Table):
         history = [dataclasses.asdict(epoch) for epoch in trained.history]
         return trained.model, {"history": history, "seconds": {stage: seconds}}
 
-    def _evaluated(self, line: Line, start: _Start, model: nnx.Module) -> Line:
+    def _evaluated(self, line: Line, start: _Start, model: nnx.Module, progress: Progress) -> Line:
         """The line with the metrics."""
         began = time.perf_counter()
-        metrics = self.experiment.evaluate(start.original, model, start.before)
+        metrics = self.experiment.evaluate(start.original, model, start.before, progress)
         seconds = {**line["seconds"], "evaluate": time.perf_counter() - began}
         return {**line, "metrics": metrics, "seconds": seconds}
 
