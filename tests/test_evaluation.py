@@ -277,13 +277,8 @@ class Counted(Progress):
 
 
 def test_progress_tells_how_many_images_are_done():
-    images = np.eye(5, dtype=np.float32)[:, None, None]
+    source = logits_source(np.eye(5), np.arange(5))
     progress = Counted()
-    accuracy(
-        Given(),
-        ArrayImages(images[:, None], "unchanged", np.arange(5)),
-        batch_size=2,
-        progress=progress,
-    )
-    compare_outputs(Given(), Given(), ArraySource(images), batch_size=2, progress=progress)
+    accuracy(Given(), source, batch_size=2, progress=progress)
+    compare_outputs(Given(), Given(), source, batch_size=2, progress=progress)
     assert progress.work == [["measuring accuracy", 5, 5], ["comparing outputs", 5, 5]]
