@@ -271,7 +271,7 @@ def run(experiment: Experiment, name: str, out: Path, progress: Progress) -> Res
     before_seconds = time.perf_counter() - start
     result = experiment.accelerate(original, images, progress, resume=partial / "layers")
     if experiment.second_sweep:
-        result = _refitted(experiment, original, images, result, progress)
+        result = _refitted(experiment, original, images, result, partial, progress)
     if experiment.distillation is not None:
         result = _distilled(experiment, original, images, result, partial, progress)
     evaluation_start = time.perf_counter()
@@ -310,6 +310,7 @@ def run(experiment: Experiment, name: str, out: Path, progress: Progress) -> Res
     save_model(partial / "model", result.model, experiment.model, result.plan)
     (partial / "report.json").write_text(report.to_json())
     shutil.rmtree(partial / "layers", ignore_errors=True)
+    shutil.rmtree(partial / "second_sweep", ignore_errors=True)
     shutil.rmtree(partial / "distillation", ignore_errors=True)
     partial.rename(out)
     return dataclasses.replace(result, report=report)
@@ -320,6 +321,7 @@ def _refitted(
     original: nnx.Module,
     images: PixelSource,
     result: Result,
+    folder: Path,
     progress: Progress,
 ) -> Result:
     """The result after a second sweep, and what that gained and took in its report."""
@@ -330,6 +332,7 @@ def _refitted(
         iterations=experiment.second_sweep,
         batch_size=experiment.batch_size,
         seed=experiment.seed,
+        resume=folder / "second_sweep",
         progress=progress,
     )
     told = {

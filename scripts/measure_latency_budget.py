@@ -91,9 +91,8 @@ def main() -> int:
         rules=experiment.rules,
         progress=progress,
     )
-    progress.say("measuring errors")
-    sensitivity = measure_sensitivity(calibration)
-    curves = measure_errors(calibration, sensitivity)
+    sensitivity = measure_sensitivity(calibration, progress=progress)
+    curves = measure_errors(calibration, sensitivity, progress=progress)
     found: dict[str, Any] = {
         "command": command_line(),
         "device": device_name(),

@@ -10,6 +10,7 @@ import pytest
 from flax import nnx
 
 import accel
+from accel.progress import Progress
 from accel.repair import refit
 
 IMAGES = np.asarray(networks.images(60))
@@ -74,6 +75,34 @@ def test_the_same_seed_gives_the_same_network():
     assert found[0].history == found[1].history
     outputs = [np.asarray(f.model(jnp.asarray(IMAGES[:3]))) for f in found]
     np.testing.assert_array_equal(*outputs)
+
+
+class StopsIn(Progress):
+    """Stops the run, as Ctrl-C would, in the work of that description."""
+
+    def __init__(self, description):
+        self.description = description
+
+    def begin(self, description, total):
+        if self.description in description:
+            raise KeyboardInterrupt
+
+
+def test_a_run_that_was_stopped_goes_on_to_the_same_result(tmp_path):
+    model, given = accelerated("chain")
+    options = {"iterations": 3, "batch_size": BATCH}
+    whole = refit(model, given, IMAGES, **options)
+    assert len(whole.steps) == 3
+    with pytest.raises(KeyboardInterrupt):
+        refit(model, given, IMAGES, **options, resume=tmp_path, progress=StopsIn("sweep 3/3"))
+    # What was done before is not done again.
+    stop = StopsIn("sweep 1/3")
+    resumed = refit(model, given, IMAGES, **options, resume=tmp_path, progress=stop)
+    assert (resumed.history, resumed.steps) == (whole.history, whole.steps)
+    outputs = [np.asarray(f.model(jnp.asarray(IMAGES[:3]))) for f in (resumed, whole)]
+    np.testing.assert_array_equal(*outputs)
+    with pytest.raises(ValueError, match="another problem"):
+        refit(model, given, IMAGES, **options, seed=1, resume=tmp_path)
 
 
 def test_what_does_not_fit_is_refused():

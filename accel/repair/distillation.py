@@ -13,7 +13,6 @@ arXiv:2106.05237.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -25,7 +24,7 @@ import jax.extend.core as jex
 import jax.numpy as jnp
 import numpy as np
 import optax
-from flax import nnx, serialization
+from flax import nnx
 
 from accel.images import ArraySource, ImageSource, checked_fitting, full_batches, padded
 from accel.kernel_gradient import with_fast_kernel_gradients
@@ -33,6 +32,7 @@ from accel.program import Program, specification, trace
 from accel.progress import Progress
 from accel.repair.augmentation import augment
 from accel.repair.features import compared_layers
+from accel.repair.state import load_state, problem_digest, save_state
 from accel.rewrite import FactorizedConv, FactorizedLinear
 
 Parameters = list[jax.Array]
@@ -190,7 +190,7 @@ def distill(
     trained = task.student.trained
     state = _State(trained, task.optimizer.init(trained), trained, ())
     file = None if resume is None else resume / "distillation.msgpack"
-    problem = "" if file is None else _problem(task, settings, seed, fitting, loaded)
+    problem = "" if file is None else task.problem(seed, fitting, loaded)
     if file is not None and file.exists():
         state = _load(file, problem, state)
     if not state.history:
@@ -310,7 +310,7 @@ class _Task:
     """
 
     def __init__(self, teacher: _Network, student: _Network, settings: Distillation, images: int):
-        self.teacher, self.student = teacher, student
+        self.teacher, self.student, self.settings = teacher, student, settings
         batch_size = specification(teacher.program.images).shape[0]
         shapes = [network.output_shape for network in (teacher, student)]
         if shapes[0] != shapes[1] or shapes[0][:1] != (batch_size,):
@@ -351,6 +351,14 @@ class _Task:
 
         self._step, self._squares = step, jax.jit(squares)
         self._given = (student.program.parameters, teacher.program.parameters)
+
+    def problem(self, seed: int, fitting: np.ndarray, images: np.ndarray) -> str:
+        """Tells the run from every other."""
+        return problem_digest(
+            (self.settings, seed),
+            (self.teacher.program, self.student.program),
+            (fitting, images, *self.student.trained, *self.teacher.trained),
+        )
 
     def step(self, trained, optimizer, images: np.ndarray, key: jax.Array):
         """One step: the new parameters, the optimizer's new state and the loss before it."""
@@ -415,43 +423,15 @@ def _answers(program: Program, paths: Sequence[str]) -> Callable[[Any, Any], lis
     return lambda parameters, images: run(*parameters, images)
 
 
-def _problem(
-    task: _Task, settings: Distillation, seed: int, fitting: np.ndarray, images: np.ndarray
-) -> str:
-    """Tells one run from every other: all that its result hangs on."""
-    digest = hashlib.sha256(repr((settings, seed)).encode())
-    for program in (task.teacher.program, task.student.program):
-        digest.update(str(program.jaxpr).encode())
-    for array in (fitting, images, *task.student.trained, *task.teacher.trained):
-        digest.update(np.ascontiguousarray(array).data)
-    return digest.hexdigest()
-
-
 def _save(file: Path, problem: str, state: _State) -> None:
-    """Writes the state to ``file``, whole or not at all."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    arrays = dict(enumerate(jax.tree.leaves((state.trained, state.optimizer, state.best))))
-    content = {
-        "problem": problem,
-        "history": [dataclasses.asdict(epoch) for epoch in state.history],
-        "arrays": jax.device_get({str(i): array for i, array in arrays.items()}),
-    }
-    partial = file.with_suffix(".partial")
-    partial.write_bytes(serialization.msgpack_serialize(content))
-    partial.replace(file)
+    arrays = jax.tree.leaves((state.trained, state.optimizer, state.best))
+    history = [dataclasses.asdict(epoch) for epoch in state.history]
+    save_state(file, problem, arrays, {"history": history})
 
 
 def _load(file: Path, problem: str, start: _State) -> _State:
-    """The state in ``file``, of the structure of ``start``.
-
-    Raises:
-        ValueError: If it is the state of another problem.
-    """
-    content = serialization.msgpack_restore(file.read_bytes())
-    if content["problem"] != problem:
-        raise ValueError(f"{file} holds the state of another problem: another run's")
+    """The state in ``file``, of the structure of ``start``."""
+    arrays, told = load_state(file, problem)
     structure = jax.tree.structure((start.trained, start.optimizer, start.best))
-    arrays = [jnp.asarray(content["arrays"][str(i)]) for i in range(structure.num_leaves)]
-    history = tuple(Epoch(**epoch) for epoch in content["history"])
-    trained, optimizer, best = jax.tree.unflatten(structure, arrays)
-    return _State(trained, optimizer, best, history)
+    trained, optimizer, best = jax.tree.unflatten(structure, map(jnp.asarray, arrays))
+    return _State(trained, optimizer, best, tuple(Epoch(**epoch) for epoch in told["history"]))

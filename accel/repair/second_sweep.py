@@ -27,7 +27,8 @@ import dataclasses
 import math
 import time
 from collections.abc import Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 import jax.extend.core as jex
@@ -39,6 +40,7 @@ from accel.evaluation.forward import check_finite, forward_function, output_shap
 from accel.images import ArraySource, ImageSource, checked_fitting, full_batches, padded, spread
 from accel.program import LayerCall, Program, named_layers, specification, trace
 from accel.progress import Progress
+from accel.repair.state import load_state, problem_digest, save_state
 from accel.rewrite import FactorizedConv, FactorizedLinear
 from accel.runs import patch_sampler, patch_size, sample_positions
 from accel.sensitivity import images_needed, sensitivity_matrices
@@ -93,6 +95,7 @@ def refit(
     fitting: np.ndarray | None = None,
     batch_size: int = 50,
     seed: int = 0,
+    resume: Path | None = None,
     progress: Progress | None = None,
 ) -> Refitted:
     """Refits all chains of ``accelerated`` at once to the outputs of ``original``.
@@ -110,10 +113,13 @@ def refit(
             ``accel.accelerate`` fits to when it is given the same images and seed.
         batch_size: Images per batch.
         seed: Seed of all that is drawn.
+        resume: A folder that keeps the state after every iteration, so that a run that was stopped
+            goes on there when it is called again with the same arguments.
         progress: Receives what is being done.
 
     Raises:
-        ValueError: If the networks and images do not fit together, or there is no chain to refit.
+        ValueError: If the networks and images do not fit together, there is no chain to refit, or
+            ``resume`` holds the state of another run.
     """
     start = time.perf_counter()
     progress = progress or Progress()
@@ -128,15 +134,19 @@ def refit(
     batch_size = min(batch_size, int(fitting.sum()))
     task = _Task(original, accelerated, source, fitting, batch_size)
 
-    weights = task.weights
-    history, steps = [task.error(weights)], []
+    file = None if resume is None else resume / "second_sweep.msgpack"
+    problem = "" if file is None else task.problem(seed)
+    if file is not None and file.exists():
+        state = _load(file, problem)
+    else:
+        # As if the errors of all positions of the largest map were one and the same.
+        step = 1 / max(math.prod(specification(call.output).shape[1:-1]) for call in task.calls)
+        state = _State(task.weights, None, step, (task.error(task.weights),), ())
+    weights, before, step, history, steps = state
     if not math.isfinite(history[0]):
         raise ValueError("the accelerated network's outputs hold NaN or Inf")
     precondition = task.preconditioner(seed, progress)
-    before: tuple[list, list, list] | None = None
-    # As if the errors of all positions of the largest map were one and the same.
-    step = 1 / max(math.prod(specification(call.output).shape[1:-1]) for call in task.calls)
-    for iteration in range(1, iterations + 1):
+    for iteration in range(len(history), iterations + 1):
         progress.begin(
             f"second sweep {iteration}/{iterations}: held-out error {history[-1]:.5f}",
             int(fitting.sum()),
@@ -152,18 +162,53 @@ def refit(
         if found is None:
             break
         step, weights, error = found
-        steps.append(step)
-        history.append(error)
+        steps, history = (*steps, step), (*history, error)
         before = (downhill, refits, direction)
+        if file is not None:
+            _save(file, problem, _State(weights, before, step, history, steps))
     progress.say(
         f"second sweep: relative squared error of the outputs on {int((~fitting).sum())} held-out"
         f" images {history[0]:.5f} → {history[-1]:.5f}"
     )
     model = task.with_weights(weights)
-    return Refitted(model, tuple(history), tuple(steps), time.perf_counter() - start)
+    return Refitted(model, history, steps, time.perf_counter() - start)
 
 
 Weights = list[jax.Array]
+
+
+class _State(NamedTuple):
+    """Where the sweep stands after an iteration.
+
+    Attributes:
+        weights: A matrix a factor.
+        before: What the iteration found: the way downhill, the refits, and the direction it took.
+        step: Its length.
+        history: R on held-out images, before and after each iteration.
+        steps: The length of each iteration's step.
+    """
+
+    weights: Weights
+    before: tuple[Weights, Weights, Weights] | None
+    step: float
+    history: tuple[float, ...]
+    steps: tuple[float, ...]
+
+
+def _save(file: Path, problem: str, state: _State) -> None:
+    arrays = jax.tree.leaves((state.weights, state.before))
+    save_state(file, problem, arrays, {"history": list(state.history), "steps": list(state.steps)})
+
+
+def _load(file: Path, problem: str) -> _State:
+    arrays, told = load_state(file, problem)
+    each = len(arrays) // 4
+    weights, *before = (
+        [jnp.asarray(array) for array in arrays[first : first + each]]
+        for first in range(0, 4 * each, each)
+    )
+    history, steps = (tuple(told[name]) for name in ("history", "steps"))
+    return _State(weights, (before[0], before[1], before[2]), steps[-1], history, steps)
 
 
 def _dot(a: Weights, b: Weights) -> float:
@@ -266,6 +311,17 @@ class _Task:
         structure = jax.tree.structure(self.state)
         leaves = parameters[len(parameters) - structure.num_leaves :]
         return nnx.merge(self.graphdef, jax.tree.unflatten(structure, leaves), copy=True)
+
+    def problem(self, seed: int) -> str:
+        """Tells the run from every other."""
+        parameters = [
+            array
+            for array in self.program.parameters
+            # Keys of layers that draw at random, which none does here.
+            if not jnp.issubdtype(array.dtype, jax.dtypes.prng_key)
+        ]
+        arrays = (self.fitted, self.held_out, self.fitted_answers, self.held_out_answers)
+        return problem_digest((self.batch_size, seed), (self.program,), (*arrays, *parameters))
 
     def _batches(self, images: np.ndarray, answers: np.ndarray):
         size = self.batch_size

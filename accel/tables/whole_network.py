@@ -277,6 +277,7 @@ class WholeNetwork(Table):
                 start.images,
                 batch_size=self.experiment.batch_size,
                 seed=start.seed,
+                resume=checkpoints,
                 progress=progress,
             )
             told = {"history": list(refitted.history), "seconds": {stage: refitted.seconds}}
