@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import sys
 from importlib.metadata import version
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 from flax import nnx
 
 import accel
+from accel.accelerate import solve_layer
 from accel.cli import main
 from accel.configuration import load_config
 from accel.data.settings import BundledImages, FolderImages, IdxImages
@@ -218,6 +220,37 @@ def test_a_table_that_was_stopped_goes_on_to_the_same_result(two_epochs, tmp_pat
     assert scratch["stage"] == "scratch"
     assert [x["ranks"] for x in scratch["layers"]] == [x["ranks"] for x in finetuned["layers"]]
     assert scratch["metrics"] != finetuned["metrics"]
+
+
+class StopsAtThirdLayer(Progress):
+    def begin(self, description, total):
+        if description.startswith("3/"):
+            raise KeyboardInterrupt
+
+
+def test_solved_layers_of_a_network_that_was_not_finished_are_taken_over(
+    two_epochs, tmp_path, monkeypatch
+):
+    table = dataclasses.replace(two_epochs, stages=("plain",))
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    solved = []
+
+    def solve(problem, reconstruction, path):
+        solved.append(path)
+        return solve_layer(problem, reconstruction, path)
+
+    # ``accel.accelerate`` is the function of that name.
+    monkeypatch.setattr(sys.modules["accel.accelerate"], "solve_layer", solve)
+    make_table(table, whole, "command", Progress())
+    every = list(solved)
+    assert len(every) == 6
+    solved.clear()
+    with pytest.raises(KeyboardInterrupt):
+        make_table(table, stopped, "command", StopsAtThirdLayer())
+    make_table(table, stopped, "command", Progress())
+    assert solved == every
+    assert not (stopped / "unfinished").exists()
+    assert (stopped / "table.md").read_text() == (whole / "table.md").read_text()
 
 
 def planned_line(seed, speedup, rank, **more):

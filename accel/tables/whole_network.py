@@ -9,6 +9,7 @@ One calibration for each seed and set of decompositions, and one set of error cu
 speedups. The plain network of a cell is kept in the folder as long as a stage has to start from it:
 a run that was stopped in hours of training does not calibrate again, and all stages start from the
 same file. Where it is gone, because stages were asked for later, it is made once more by its seed.
+Of a network that was not finished, the layers that were solved are taken over.
 
 Times follow the cells, at the experiment's ``latency_batches`` (see ``accel.tables.times``).
 """
@@ -202,7 +203,9 @@ class WholeNetwork(Table):
         """The stages that are missing of one network."""
         model_folder, line_file = folder / "model", folder / "plain.json"
         if not line_file.exists():
-            plain, result = self._accelerated(start, calibration(), sensitivity, curves, progress)
+            plain, result = self._accelerated(
+                start, calibration(), sensitivity, curves, folder / "layers", progress
+            )
             if missing == [PLAIN]:
                 yield self._evaluated(plain, start, result.model, progress)
                 return
@@ -237,6 +240,7 @@ class WholeNetwork(Table):
         calibration: Calibration,
         sensitivity: Callable[[], dict[str, Sensitivity]],
         curves: Callable[[], dict[str, ErrorCurve]],
+        resume: Path,
         progress: Progress,
     ) -> tuple[Line, Result]:
         """The network as accelerated, and its line but for what is measured of it as a whole."""
@@ -256,6 +260,7 @@ class WholeNetwork(Table):
             plan,
             reconstruction=method.reconstruction,
             sensitivity=sensitivity() if method.reconstruction == JOINT else None,
+            resume=resume,
             progress=progress,
         )
         line = {
