@@ -54,7 +54,10 @@ def load_solution(folder: Path, path: str, problem: str) -> Solution | None:
         response_error = float(arrays["response_error"])
         found = str(arrays["problem"])
     if found != problem:
-        raise ValueError(f"{path}: {file} holds the solution of another problem: another run's")
+        raise ValueError(
+            f"{path}: {file} holds the solution of another problem, of another run or device;"
+            f" remove {folder} to solve its layers again"
+        )
     return Solution(split, response_error)
 
 

@@ -23,6 +23,10 @@ def pytest_configure(config):
         os.environ[COMPILED] = tempfile.mkdtemp(prefix="accel-tests-")
         os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
         os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+    # What one process is just writing another may find unfinished; JAX then compiles it itself.
+    config.addinivalue_line(
+        "filterwarnings", "ignore:Error (reading|writing) persistent compilation cache:UserWarning"
+    )
     jax.config.update("jax_compilation_cache_dir", os.environ[COMPILED])
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
@@ -30,7 +34,7 @@ def pytest_configure(config):
 
 def pytest_unconfigure(config):
     if not hasattr(config, "workerinput"):
-        shutil.rmtree(os.environ.pop(COMPILED), ignore_errors=True)
+        shutil.rmtree(os.environ.pop(COMPILED, ""), ignore_errors=True)
 
 
 @pytest.fixture(autouse=True, scope="module")

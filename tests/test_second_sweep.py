@@ -101,8 +101,10 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_result(tmp_path):
     assert (resumed.history, resumed.steps) == (whole.history, whole.steps)
     outputs = [np.asarray(f.model(jnp.asarray(IMAGES[:3]))) for f in (resumed, whole)]
     np.testing.assert_array_equal(*outputs)
-    with pytest.raises(ValueError, match="another problem"):
-        refit(model, given, IMAGES, **options, seed=1, resume=tmp_path)
+    fitting = np.arange(len(IMAGES)) < 40
+    for change in ({"seed": 1}, {"fitting": fitting}, {"iterations": 2}):
+        with pytest.raises(ValueError, match="another problem"):
+            refit(model, given, IMAGES, **{**options, **change}, resume=tmp_path)
 
 
 def test_what_does_not_fit_is_refused():
@@ -132,13 +134,13 @@ class Classifier(nnx.Module):
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_dense_layers_and_reduced_precision_take_part(dtype):
+def test_dense_layers_and_reduced_precision_take_part(dtype, tmp_path):
     model = Classifier(nnx.Rngs(0), dtype)
     given = accel.accelerate(
         model, IMAGES, 1.5, decompositions="channel", dense_speedup=1.5, batch_size=BATCH
     ).model
     spoilt = given.hidden.factors[0].kernel
     spoilt[...] *= 1.5
-    found = refit(model, given, IMAGES, iterations=5, batch_size=BATCH)
+    found = refit(model, given, IMAGES, iterations=5, batch_size=BATCH, resume=tmp_path)
     assert found.error_after < 0.7 * found.error_before
     assert found.model.hidden.factors[0].kernel.dtype == spoilt.dtype == dtype

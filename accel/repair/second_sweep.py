@@ -135,18 +135,21 @@ def refit(
     task = _Task(original, accelerated, source, fitting, batch_size)
 
     file = None if resume is None else resume / "second_sweep.msgpack"
-    problem = "" if file is None else task.problem(seed)
+    problem = "" if file is None else task.problem((iterations, seed), fitting)
     if file is not None and file.exists():
         state = _load(file, problem)
+        start -= state.seconds
     else:
         # As if the errors of all positions of the largest map were one and the same.
         step = 1 / max(math.prod(specification(call.output).shape[1:-1]) for call in task.calls)
-        state = _State(task.weights, None, step, (task.error(task.weights),), ())
-    weights, before, step, history, steps = state
+        state = _State(task.weights, None, step, (task.error(task.weights),), (), 0.0)
+    weights, before, step, history, steps, _ = state
     if not math.isfinite(history[0]):
         raise ValueError("the accelerated network's outputs hold NaN or Inf")
-    precondition = task.preconditioner(seed, progress)
-    for iteration in range(len(history), iterations + 1):
+    left = range(len(history), iterations + 1)
+    precondition = task.preconditioner(seed, progress) if left else None
+    for iteration in left:
+        assert precondition is not None
         progress.begin(
             f"second sweep {iteration}/{iterations}: held-out error {history[-1]:.5f}",
             int(fitting.sum()),
@@ -165,7 +168,8 @@ def refit(
         steps, history = (*steps, step), (*history, error)
         before = (downhill, refits, direction)
         if file is not None:
-            _save(file, problem, _State(weights, before, step, history, steps))
+            elapsed = time.perf_counter() - start
+            _save(file, problem, _State(weights, before, step, history, steps, elapsed))
     progress.say(
         f"second sweep: relative squared error of the outputs on {int((~fitting).sum())} held-out"
         f" images {history[0]:.5f} → {history[-1]:.5f}"
@@ -186,6 +190,7 @@ class _State(NamedTuple):
         step: Its length.
         history: R on held-out images, before and after each iteration.
         steps: The length of each iteration's step.
+        seconds: What all this took.
     """
 
     weights: Weights
@@ -193,11 +198,13 @@ class _State(NamedTuple):
     step: float
     history: tuple[float, ...]
     steps: tuple[float, ...]
+    seconds: float
 
 
 def _save(file: Path, problem: str, state: _State) -> None:
     arrays = jax.tree.leaves((state.weights, state.before))
-    save_state(file, problem, arrays, {"history": list(state.history), "steps": list(state.steps)})
+    told = {"history": list(state.history), "steps": list(state.steps), "seconds": state.seconds}
+    save_state(file, problem, arrays, told)
 
 
 def _load(file: Path, problem: str) -> _State:
@@ -208,7 +215,8 @@ def _load(file: Path, problem: str) -> _State:
         for first in range(0, 4 * each, each)
     )
     history, steps = (tuple(told[name]) for name in ("history", "steps"))
-    return _State(weights, (before[0], before[1], before[2]), steps[-1], history, steps)
+    triple = (before[0], before[1], before[2])
+    return _State(weights, triple, steps[-1], history, steps, told["seconds"])
 
 
 def _dot(a: Weights, b: Weights) -> float:
@@ -227,6 +235,7 @@ class _Task:
 
     Attributes:
         weights: A matrix a factor, ``[p (+ 1 with a bias), d]``.
+        taught: The original network's parameters.
     """
 
     def __init__(
@@ -268,6 +277,7 @@ class _Task:
         ]
         self.fitted, self.held_out = images[fitting], images[~fitting]
         forward, state = forward_function(original)
+        self.taught = jax.tree.leaves(state)
         jitted = jax.jit(forward)
 
         def answers(images: np.ndarray) -> np.ndarray:
@@ -312,16 +322,19 @@ class _Task:
         leaves = parameters[len(parameters) - structure.num_leaves :]
         return nnx.merge(self.graphdef, jax.tree.unflatten(structure, leaves), copy=True)
 
-    def problem(self, seed: int) -> str:
+    def problem(self, settings: tuple[int, ...], fitting: np.ndarray) -> str:
         """Tells the run from every other."""
         parameters = [
             array
-            for array in self.program.parameters
+            for array in (*self.taught, *self.program.parameters)
             # Keys of layers that draw at random, which none does here.
             if not jnp.issubdtype(array.dtype, jax.dtypes.prng_key)
         ]
-        arrays = (self.fitted, self.held_out, self.fitted_answers, self.held_out_answers)
-        return problem_digest((self.batch_size, seed), (self.program,), (*arrays, *parameters))
+        return problem_digest(
+            (self.batch_size, *settings),
+            (self.program,),
+            (fitting, self.fitted, self.held_out, *parameters),
+        )
 
     def _batches(self, images: np.ndarray, answers: np.ndarray):
         size = self.batch_size

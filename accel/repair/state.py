@@ -13,6 +13,9 @@ from flax import serialization
 
 from accel.program import Program
 
+# Of the files; those of another are refused.
+FORMAT = 2
+
 
 def problem_digest(
     settings: object, programs: Sequence[Program], arrays: Sequence[np.ndarray | jax.Array]
@@ -24,11 +27,14 @@ def problem_digest(
         programs: The networks.
         arrays: Their parameters, the images, and what else there is.
     """
-    digest = hashlib.sha256(repr(settings).encode())
+    digest = hashlib.sha256(repr((FORMAT, settings)).encode())
     for program in programs:
         digest.update(str(program.jaxpr).encode())
     for array in arrays:
-        digest.update(np.ascontiguousarray(array).data)
+        # With its shape, so that the same bytes cut otherwise are another run's; as bytes, since
+        # arrays of bfloat16 have no buffer that can be hashed.
+        digest.update(repr((array.shape, str(array.dtype))).encode())
+        digest.update(np.ascontiguousarray(array).tobytes())
     return digest.hexdigest()
 
 
