@@ -41,9 +41,12 @@ def pytest_unconfigure(config):
 def optimized(request):
     """Programs are compiled quickly rather than well, except in modules marked ``optimized``.
 
-    These are the ones that look at times. What programs compute does not hang on it.
+    These are the ones that look at times, or at what XLA makes of a program. What programs compute
+    does not hang on it.
     """
     wanted = request.node.get_closest_marker("optimized") is not None
+    if wanted:
+        jax.clear_caches()  # JAX would take what a module before compiled quickly.
     jax.config.update("jax_disable_most_optimizations", not wanted)
 
 

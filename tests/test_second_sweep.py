@@ -8,9 +8,9 @@ import networks
 import numpy as np
 import pytest
 from flax import nnx
+from stopping import StopsIn
 
 import accel
-from accel.progress import Progress
 from accel.repair import refit
 
 IMAGES = np.asarray(networks.images(60))
@@ -77,17 +77,6 @@ def test_the_same_seed_gives_the_same_network():
     np.testing.assert_array_equal(*outputs)
 
 
-class StopsIn(Progress):
-    """Stops the run, as Ctrl-C would, in the work of that description."""
-
-    def __init__(self, description):
-        self.description = description
-
-    def begin(self, description, total):
-        if self.description in description:
-            raise KeyboardInterrupt
-
-
 def test_a_run_that_was_stopped_goes_on_to_the_same_result(tmp_path):
     model, given = accelerated("chain")
     options = {"iterations": 3, "batch_size": BATCH}
@@ -101,10 +90,32 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_result(tmp_path):
     assert (resumed.history, resumed.steps) == (whole.history, whole.steps)
     outputs = [np.asarray(f.model(jnp.asarray(IMAGES[:3]))) for f in (resumed, whole)]
     np.testing.assert_array_equal(*outputs)
+    # Nor is anything that has ended.
+    stop = StopsIn("")
+    again = refit(model, given, IMAGES, **options, resume=tmp_path, progress=stop)
+    assert again.history == whole.history
     fitting = np.arange(len(IMAGES)) < 40
     for change in ({"seed": 1}, {"fitting": fitting}, {"iterations": 2}):
         with pytest.raises(ValueError, match="another problem"):
             refit(model, given, IMAGES, **{**options, **change}, resume=tmp_path)
+    (state,) = tmp_path.iterdir()
+    for damaged in (b"", b"\x01", state.read_bytes()[:-9]):
+        state.write_bytes(damaged)
+        with pytest.raises(ValueError, match="is damaged; remove it"):
+            refit(model, given, IMAGES, **options, resume=tmp_path)
+
+
+def test_a_sweep_that_no_step_helps_ends_as_it_was_and_is_not_tried_again(tmp_path):
+    """A network that is its own original has nothing to gain."""
+    model = Linear(nnx.Rngs(0))
+    calibration = accel.calibrate(model, IMAGES, decompositions=("channel",))
+    plan = accel.AccelerationPlan((accel.LayerPlan("conv", "channel", (8,)),))
+    given = accel.reconstruct(calibration, plan).model
+    found = refit(given, given, IMAGES, batch_size=BATCH, resume=tmp_path)
+    assert found.history == (0.0,)
+    assert found.steps == ()
+    stop = StopsIn("")
+    assert refit(given, given, IMAGES, batch_size=BATCH, resume=tmp_path, progress=stop).steps == ()
 
 
 def test_what_does_not_fit_is_refused():

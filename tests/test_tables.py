@@ -10,6 +10,7 @@ import networks
 import numpy as np
 import pytest
 from flax import nnx
+from stopping import StopsIn
 
 import accel
 from accel.accelerate import solve_layer
@@ -222,12 +223,6 @@ def test_a_table_that_was_stopped_goes_on_to_the_same_result(two_epochs, tmp_pat
     assert scratch["metrics"] != finetuned["metrics"]
 
 
-class StopsAtThirdLayer(Progress):
-    def begin(self, description, total):
-        if description.startswith("3/"):
-            raise KeyboardInterrupt
-
-
 def test_solved_layers_of_a_network_that_was_not_finished_are_taken_over(
     two_epochs, tmp_path, monkeypatch
 ):
@@ -246,7 +241,7 @@ def test_solved_layers_of_a_network_that_was_not_finished_are_taken_over(
     assert len(every) == 6
     solved.clear()
     with pytest.raises(KeyboardInterrupt):
-        make_table(table, stopped, "command", StopsAtThirdLayer())
+        make_table(table, stopped, "command", StopsIn("3/"))
     make_table(table, stopped, "command", Progress())
     assert solved == every
     assert not (stopped / "unfinished").exists()

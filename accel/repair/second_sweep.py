@@ -24,9 +24,10 @@ Grosse, arXiv:1503.05671.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,22 +38,13 @@ import numpy as np
 from flax import nnx
 
 from accel.evaluation.forward import check_finite, forward_function, output_shape
-from accel.images import ArraySource, ImageSource, checked_fitting, full_batches, padded, spread
+from accel.images import ArraySource, ImageSource, checked_fitting, full_batches, padded
 from accel.program import LayerCall, Program, named_layers, specification, trace
 from accel.progress import Progress
+from accel.repair.kronecker import kronecker_preconditioner
 from accel.repair.state import load_state, problem_digest, save_state
 from accel.rewrite import FactorizedConv, FactorizedLinear
-from accel.runs import patch_sampler, patch_size, sample_positions
-from accel.sensitivity import images_needed, sensitivity_matrices
-from accel.solvers.linear_algebra import contract
 
-# Rows of patches for the second moments of a factor, at most.
-ROWS = 12_000
-MOMENT_IMAGES = 256
-# What is added to A and S, as a share of A's diagonal (its inputs have units of their own, above
-# all the 1 of a bias) and of the mean of S: small eigenvalues are not measured well enough to
-# divide by.
-DAMPING = 1e-2
 # Where a step that is this much shorter than the last one helps nothing, none does.
 SHORTEST = 2.0**-12
 
@@ -137,21 +129,21 @@ def refit(
     file = None if resume is None else resume / "second_sweep.msgpack"
     problem = "" if file is None else task.problem((iterations, seed), fitting)
     if file is not None and file.exists():
-        state = _load(file, problem)
+        state = _load(file, problem, len(task.weights))
         start -= state.seconds
     else:
         # As if the errors of all positions of the largest map were one and the same.
         step = 1 / max(math.prod(specification(call.output).shape[1:-1]) for call in task.calls)
-        state = _State(task.weights, None, step, (task.error(task.weights),), (), 0.0)
-    weights, before, step, history, steps, _ = state
+        state = _State(task.weights, None, step, (task.error(task.weights),), (), 0.0, False)
+    weights, before, step, history, steps, _, ended = state
     if not math.isfinite(history[0]):
         raise ValueError("the accelerated network's outputs hold NaN or Inf")
-    left = range(len(history), iterations + 1)
-    precondition = task.preconditioner(seed, progress) if left else None
-    for iteration in left:
-        assert precondition is not None
+    # Not needed where a run that was stopped later goes on.
+    preconditioner = functools.cache(task.preconditioner)
+    while not ended:
+        precondition = preconditioner(seed, progress)
         progress.begin(
-            f"second sweep {iteration}/{iterations}: held-out error {history[-1]:.5f}",
+            f"second sweep {len(history)}/{iterations}: held-out error {history[-1]:.5f}",
             int(fitting.sum()),
         )
         downhill = task.downhill(weights, progress)
@@ -162,14 +154,14 @@ def refit(
             # Where directions no longer help each other, the refit by itself may still.
             direction = refits
             found = task.search(weights, direction, history[-1], step)
-        if found is None:
-            break
-        step, weights, error = found
-        steps, history = (*steps, step), (*history, error)
-        before = (downhill, refits, direction)
+        if found is not None:
+            step, weights, error = found
+            steps, history = (*steps, step), (*history, error)
+            before = (downhill, refits, direction)
+        ended = found is None or len(steps) == iterations
         if file is not None:
             elapsed = time.perf_counter() - start
-            _save(file, problem, _State(weights, before, step, history, steps, elapsed))
+            _save(file, problem, _State(weights, before, step, history, steps, elapsed, ended))
     progress.say(
         f"second sweep: relative squared error of the outputs on {int((~fitting).sum())} held-out"
         f" images {history[0]:.5f} → {history[-1]:.5f}"
@@ -187,10 +179,11 @@ class _State(NamedTuple):
     Attributes:
         weights: A matrix a factor.
         before: What the iteration found: the way downhill, the refits, and the direction it took.
-        step: Its length.
+        step: The length of the last step, or of the first to be tried.
         history: R on held-out images, before and after each iteration.
         steps: The length of each iteration's step.
         seconds: What all this took.
+        ended: Whether there is nothing left to do.
     """
 
     weights: Weights
@@ -199,24 +192,34 @@ class _State(NamedTuple):
     history: tuple[float, ...]
     steps: tuple[float, ...]
     seconds: float
+    ended: bool
 
 
 def _save(file: Path, problem: str, state: _State) -> None:
-    arrays = jax.tree.leaves((state.weights, state.before))
-    told = {"history": list(state.history), "steps": list(state.steps), "seconds": state.seconds}
-    save_state(file, problem, arrays, told)
+    told = {
+        "step": state.step,
+        "history": list(state.history),
+        "steps": list(state.steps),
+        "seconds": state.seconds,
+        "ended": state.ended,
+    }
+    save_state(file, problem, jax.tree.leaves((state.weights, state.before)), told)
 
 
-def _load(file: Path, problem: str) -> _State:
-    arrays, told = load_state(file, problem)
-    each = len(arrays) // 4
-    weights, *before = (
-        [jnp.asarray(array) for array in arrays[first : first + each]]
-        for first in range(0, 4 * each, each)
+def _load(file: Path, problem: str, factors: int) -> _State:
+    """The state in ``file``, of so many factors."""
+    found, told = load_state(file, problem)
+    arrays = [jnp.asarray(array) for array in found]
+    weights, *before = (arrays[i : i + factors] for i in range(0, len(arrays), factors))
+    return _State(
+        weights,
+        (before[0], before[1], before[2]) if before else None,
+        told["step"],
+        tuple(told["history"]),
+        tuple(told["steps"]),
+        told["seconds"],
+        told["ended"],
     )
-    history, steps = (tuple(told[name]) for name in ("history", "steps"))
-    triple = (before[0], before[1], before[2])
-    return _State(weights, triple, steps[-1], history, steps, told["seconds"])
 
 
 def _dot(a: Weights, b: Weights) -> float:
@@ -343,6 +346,18 @@ class _Task:
             mask = (np.arange(size) < len(images[rows])).astype(np.float32)
             yield padded(images[rows], size), padded(answers[rows], size), mask
 
+    def preconditioner(self, seed: int, progress: Progress) -> Callable[[Weights], Weights]:
+        """The function from C to the refits A⁻¹ C S⁻¹ of all factors."""
+        return kronecker_preconditioner(
+            self.program,
+            self.calls,
+            [bias is not None for _, bias in self.places],
+            self.fitted,
+            batch_size=self.batch_size,
+            seed=seed,
+            progress=progress,
+        )
+
     def error(self, weights: Weights) -> float:
         """R on the images that are not used for fitting."""
         total = sum(
@@ -381,80 +396,11 @@ class _Task:
             best = further
         return best
 
-    def preconditioner(self, seed: int, progress: Progress):
-        """The function from C to A⁻¹ C S⁻¹, for all factors."""
-        images = self.fitted[spread(np.arange(len(self.fitted)), MOMENT_IMAGES)]
-        moments = self._moments(images, seed)
-        needed = images_needed(self.calls, self.batch_size)
-        sensitivity = sensitivity_matrices(
-            self.program,
-            self.calls,
-            images[spread(np.arange(len(images)), needed)],
-            batch_size=self.batch_size,
-            seed=seed,
-            progress=progress,
-        )
-        inverses = [
-            (_inverse(A, np.diag(A)), _inverse(S, np.full(len(S), np.trace(S) / len(S))))
-            for A, S in zip(
-                moments, (sensitivity[call.path].responses for call in self.calls), strict=True
-            )
-        ]
-
-        def precondition(downhill: Weights) -> Weights:
-            return [
-                contract("pq,qd,de->pe", left, C, right)
-                for C, (left, right) in zip(downhill, inverses, strict=True)
-            ]
-
-        return precondition
-
-    def _moments(self, images: np.ndarray, seed: int) -> list[np.ndarray]:
-        """A of each factor; a bias is the weight of an input that is always 1."""
-        per_image = math.ceil(ROWS / len(images))
-        inputs = jex.jaxpr_as_fun(
-            jex.ClosedJaxpr(
-                self.program.jaxpr.replace(
-                    constvars=[], outvars=[call.input for call in self.calls]
-                ),
-                (),
-            )
-        )
-        jitted = jax.jit(lambda parameters, images: inputs(*parameters, images))
-        samplers = [patch_sampler(self.program, call, self.batch_size) for call in self.calls]
-        key = jax.random.key(seed)
-        positions = [
-            sample_positions(key, call, len(images), self.batch_size, per_image)
-            for call in self.calls
-        ]
-        sums = [
-            np.zeros(2 * (patch_size(call) + (bias is not None),))
-            for call, (_, bias) in zip(self.calls, self.places, strict=True)
-        ]
-        for first in range(0, len(images), self.batch_size):
-            here = images[first : first + self.batch_size]
-            given = jitted(self.program.parameters, padded(here, self.batch_size))
-            for index, (sampler, at) in enumerate(zip(samplers, positions, strict=True)):
-                chosen = at[first : first + len(here)]
-                seen = np.asarray(sampler(given[index], padded(chosen, self.batch_size)))
-                rows = seen[: len(here)].reshape(-1, seen.shape[-1])
-                if self.places[index][1] is not None:
-                    rows = np.concatenate([rows, np.ones((len(rows), 1), rows.dtype)], 1)
-                sums[index] += rows.T @ rows
-        return [total / at.size for total, at in zip(sums, positions, strict=True)]
-
 
 def _matrix(kernel: jax.Array, bias: jax.Array | None) -> jax.Array:
     # In float32 whatever the network's type is: small steps would be lost in bfloat16.
     matrix = kernel.reshape(-1, kernel.shape[-1]).astype(jnp.float32)
     return matrix if bias is None else jnp.concatenate([matrix, bias[None].astype(jnp.float32)])
-
-
-def _inverse(matrix: np.ndarray, sizes: np.ndarray) -> jax.Array:
-    """The inverse of a matrix of second moments, damped in proportion to ``sizes``."""
-    largest = sizes.max()
-    damping = DAMPING * np.maximum(sizes, 1e-6 * largest) if largest > 0 else np.ones(len(sizes))
-    return jnp.asarray(np.linalg.inv(matrix + np.diag(damping)), jnp.float32)
 
 
 def _parameter_places(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -61,9 +62,13 @@ def load_state(file: Path, problem: str) -> tuple[list[np.ndarray], dict[str, An
     """The arrays of the state in ``file``, and the rest of it.
 
     Raises:
-        ValueError: If it is the state of another problem.
+        ValueError: If it is the state of another problem, or the file is damaged.
     """
-    content: Any = serialization.msgpack_restore(file.read_bytes())
+    content: Any = None
+    with contextlib.suppress(ValueError):
+        content = serialization.msgpack_restore(file.read_bytes())
+    if not isinstance(content, dict) or content.keys() != {"problem", "told", "arrays"}:
+        raise ValueError(f"{file} is damaged; remove it to start again")
     if content["problem"] != problem:
         raise ValueError(f"{file} holds the state of another problem: another run's")
     arrays = content["arrays"]
