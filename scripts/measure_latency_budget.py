@@ -131,7 +131,7 @@ def _write(out: Path, found: Mapping[str, Any]) -> None:
 def markdown(found: Mapping[str, Any]) -> str:
     """The table of what was found."""
     head = "| batch | plan | original | accelerated | measured | of what was asked | MACs |"
-    text = [head, "|--:|---|--:|--:|--:|--:|--:|"]
+    text = ["**budgets**", "", head, "|--:|---|--:|--:|--:|--:|--:|"]
 
     def line(batch: str, name: str, row: Mapping[str, Any], asked: float) -> str:
         return (
@@ -146,16 +146,18 @@ def markdown(found: Mapping[str, Any]) -> str:
             else:
                 text.append(line(batch, f"{asked}× by time", row, float(asked)))
         text.append(line(batch, "4× by MACs", measured["mac_plan_4x"], 4.0))
-    text += ["", "| batch | plan of equal time | measured | MACs | metric | value |"]
-    text += ["|--:|---|--:|--:|---|--:|"]
-    for batch, measured in found["batches"].items():
-        for name, row in measured["equal_time"].items():
-            for metric, values in row.get("metrics", {}).items():
-                text.append(
-                    f"| {batch} | {name} | {row['speedup']:.2f}× | {row['mac_speedup']:.2f}×"
-                    f" | {metric} | {values['accelerated']:.4f} |"
-                )
-    text += ["", "| batch | timing the layers | off for random plans, median |", "|--:|--:|--:|"]
+    errors = [
+        f"| {batch} | {name} | {row['speedup']:.2f}× | {row['mac_speedup']:.2f}×"
+        f" | {metric} | {values['accelerated']:.4f} |"
+        for batch, measured in found["batches"].items()
+        for name, row in measured["equal_time"].items()
+        for metric, values in row.get("metrics", {}).items()
+    ]
+    if errors:
+        head = "| batch | plan of equal time | measured | MACs | metric | value |"
+        text += ["", "**errors at equal time**", "", head, "|--:|---|--:|--:|---|--:|", *errors]
+    text += ["", "**prediction**", ""]
+    text += ["| batch | timing the layers | off for random plans, median |", "|--:|--:|--:|"]
     text += [
         f"| {batch} | {measured['timing_seconds']:.0f} s"
         f" | {100 * _off(measured['random_plans']):.1f} % |"
