@@ -206,8 +206,7 @@ def finetune(
     rule = gradient_rule(optimizer, learning_rate, weight_decay, clip_norm, warmup, steps)
     train = training_step(network, rule, augmentation, precision)
     key = jax.random.key(seed)
-    # A step reuses the memory of the state that it is given: that must not be the model's own.
-    state = jax.tree.map(jnp.copy, TrainingState(parameters, rest, rule.init(parameters)))
+    state = _own_copy(TrainingState(parameters, rest, rule.init(parameters)))
 
     def network_of(state: TrainingState) -> nnx.Module:
         return nnx.merge(graphdef, state.parameters, random, state.rest)
@@ -331,8 +330,22 @@ def _check_parameters(parameters: nnx.State) -> None:
                 f"{path_name(path)}: fine-tuning needs parameters in float32, found"
                 f" {variable.dtype}"
             )
-        if not jnp.isfinite(variable[...]).all():
+        # By NumPy, which compiles nothing.
+        if not np.isfinite(np.asarray(variable[...])).all():
             raise ValueError(f"{path_name(path)}: the parameter holds NaN or Inf")
+
+
+def _own_copy(state: TrainingState) -> TrainingState:
+    """A copy of it, all on the device of its parameters where that is one.
+
+    A step reuses the memory of the state that it is given: that must not be the model's own. And
+    its result is committed to a device as a whole if any part of what it was given was, such as
+    parameters read from a file: had the rest been left uncommitted, the second step would have been
+    compiled once more.
+    """
+    places = {leaf.sharding for leaf in jax.tree.leaves(state.parameters)}
+    place = places.pop() if len(places) == 1 else None
+    return jax.device_put(state, place, may_alias=False)
 
 
 def _augmentation_name(augmentation: Augmentation | None) -> str | None:

@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from jax.experimental.compilation_cache import compilation_cache
+from monitoring import compilations
 
 import accel
 from accel.data import ArrayImages, FlipAndShift, fashion_test_images
@@ -22,23 +22,6 @@ IMAGES = dataclasses.replace(
     pixels=fashion_test_images().pixels[:256],
     labels=fashion_test_images().labels[:256],
 )
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compiled(tmp_path_factory):
-    """Runs of the same network share its compiled step, so that the tests do not take minutes."""
-    settings = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
-        "jax_persistent_cache_min_compile_time_secs": 0,
-    }
-    before = {name: getattr(jax.config, name) for name in settings}
-    for name, value in settings.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
 
 
 def dense(batch_norm=False, dropout_rate=0.0, seed=0):
@@ -170,6 +153,29 @@ def test_every_factor_is_trained_and_the_model_passed_in_is_not_changed():
     # In evaluation mode: dropout would make these differ.
     images = next(IMAGES.batches(8))
     np.testing.assert_array_equal(result.model(images), result.model(images))
+
+
+def test_a_network_of_which_a_part_came_from_a_file_is_compiled_for_once():
+    model = Linear()
+    # As arrays are that were read from a file; the optimizer's are not.
+    kernel = jax.device_put(model.head.kernel[...], jax.devices()[0])
+    model.head.kernel.set_value(kernel)
+    assert kernel.committed
+    assert not model.head.bias[...].committed
+
+    class Counting(Progress):
+        def __init__(self):
+            self.after = []
+
+        def advance(self, amount):
+            self.after.append(len(seen))
+
+    counting = Counting()
+    with compilations() as seen:
+        accel.finetune(model, IMAGES, epochs=1, batch_size=64, progress=counting)
+    assert counting.after[0] > 0
+    assert counting.after == 4 * counting.after[:1]
+    assert not kernel.is_deleted()
 
 
 def test_the_same_seed_gives_the_same_and_another_another(trained):
