@@ -30,6 +30,8 @@ def pytest_configure(config):
     jax.config.update("jax_compilation_cache_dir", os.environ[COMPILED])
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    # From the start: modules draw images and weights when they are imported.
+    jax.config.update("jax_disable_most_optimizations", True)
 
 
 def pytest_unconfigure(config):
@@ -37,16 +39,16 @@ def pytest_unconfigure(config):
         shutil.rmtree(os.environ.pop(COMPILED, ""), ignore_errors=True)
 
 
-@pytest.fixture(autouse=True, scope="module")
+@pytest.fixture(autouse=True)
 def optimized(request):
-    """Programs are compiled quickly rather than well, except in modules marked ``optimized``.
+    """Programs are compiled quickly rather than well, except for tests marked ``optimized``.
 
     These are the ones that look at times, or at what XLA makes of a program. What programs compute
     does not hang on it.
     """
     wanted = request.node.get_closest_marker("optimized") is not None
-    if wanted:
-        jax.clear_caches()  # JAX would take what a module before compiled quickly.
+    if wanted and jax.config.read("jax_disable_most_optimizations"):
+        jax.clear_caches()  # JAX would take what a test before compiled quickly.
     jax.config.update("jax_disable_most_optimizations", not wanted)
 
 

@@ -18,7 +18,6 @@ from accel.cli import main
 from accel.plan import AccelerationPlan, LayerPlan
 from accel.rewrite import FactorizedConv, rewrite
 
-pytestmark = pytest.mark.optimized
 SIZE = 8
 PLAN = AccelerationPlan(
     (
@@ -46,6 +45,7 @@ class Products(nnx.Module):
         return x
 
 
+@pytest.mark.optimized
 def test_a_network_of_an_eighth_of_the_work_is_found_faster():
     original, accelerated = Products(64), Products(8)
     table = latency(original, accelerated, (16, 16, 1), batch_sizes=(64, 256), repeats=7, seconds=5)

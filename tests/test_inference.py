@@ -13,7 +13,6 @@ from accel.evaluation.forward import forward_function, in_dtype
 from accel.images import ArraySource
 from accel.inference import with_any_weights
 
-pytestmark = pytest.mark.optimized
 IMAGES = networks.images(6)
 
 

@@ -11,7 +11,6 @@ from flax import nnx
 from accel.kernel_gradient import convolve, with_fast_kernel_gradients
 from accel.program import trace
 
-pytestmark = pytest.mark.optimized
 CONVOLUTIONS = {
     "same": {"kernel_size": (3, 3)},
     "valid": {"kernel_size": (3, 3), "padding": "VALID"},
@@ -82,6 +81,7 @@ def test_own_convolutions_are_left_alone():
     assert with_fast_kernel_gradients(conv).conv_general_dilated is own
 
 
+@pytest.mark.optimized
 def test_the_gradient_is_faster_than_that_of_xla():
     conv = nnx.Conv(64, 64, (3, 3), rngs=nnx.Rngs(0))
     images = jax.random.normal(jax.random.key(1), (64, 28, 28, 64))

@@ -41,7 +41,6 @@ from accel.selection import select_by_parameters, select_by_time, select_within_
 from accel.time_correction import correct_times, random_plans
 from accel.timed_plan import TimedPlan, sum_ms, time_plan
 
-pytestmark = pytest.mark.optimized
 KINDS = ("channel", "spatial", "tucker2")
 IMAGES = networks.images(40)
 
@@ -89,12 +88,14 @@ def compiled(model, calibration):
     return compile_inference(model, (1, *calibration.program.images.aval.shape[1:]))
 
 
+@pytest.mark.optimized
 def test_sixteen_times_the_work_takes_several_times_as_long():
     small = layer_seconds(conv(32, 32), (1, 32, 32, 32), np.float32, "relu")
     large = layer_seconds(conv(128, 128), (1, 32, 32, 128), np.float32, "relu")
     assert 0 < 4 * small < large
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("kind", ["dense", "1x1", "channel", "spatial", "tucker2"])
 def test_a_layer_is_really_run_each_time(kind):
     """Were the layer moved out of the loop, the time of a run would fall with their number."""
@@ -113,6 +114,7 @@ def test_a_layer_is_really_run_each_time(kind):
     assert seconds > operations / 2**40
 
 
+@pytest.mark.optimized
 def test_what_is_handed_over_is_not_in_the_time():
     """Of 100 MB of images the layer reads less than a thousandth; a copy takes much longer."""
     layer = nnx.Conv(64, 1, (1, 1), strides=56, rngs=nnx.Rngs(0))
@@ -387,6 +389,7 @@ def test_no_plan_within_an_error_is_told(measured):
         select_within_error(calibration, 1e-12, curves, rules={path: 1})
 
 
+@pytest.mark.optimized
 def test_layers_and_networks_are_timed_here(measured, tmp_path):
     model, calibration, curves = measured
     calls = calibration.calls[:2]
