@@ -39,6 +39,7 @@ from flax import nnx
 
 from accel.evaluation.forward import check_finite, forward_function, output_shape
 from accel.images import ArraySource, ImageSource, checked_fitting, full_batches, padded
+from accel.kernel_gradient import with_fast_kernel_gradients
 from accel.program import LayerCall, Program, named_layers, specification, trace
 from accel.progress import Progress
 from accel.repair.kronecker import kronecker_preconditioner
@@ -170,6 +171,8 @@ def refit(
     return Refitted(model, history, steps, time.perf_counter() - start)
 
 
+LAYERS = (nnx.Conv, nnx.Linear)
+
 Weights = list[jax.Array]
 
 
@@ -237,6 +240,8 @@ class _Task:
     """The networks, the images, and the jitted functions that do the work.
 
     Attributes:
+        program: The accelerated network.
+        given: The parameters of the function that is differentiated.
         weights: A matrix a factor, ``[p (+ 1 with a bias), d]``.
         taught: The original network's parameters.
     """
@@ -263,19 +268,19 @@ class _Task:
             )
         chains = named_layers(accelerated, (FactorizedConv, FactorizedLinear))
         prefixes = tuple(f"{path}/" for path, _ in chains)
-        self.program = trace(accelerated, batch, (nnx.Conv, nnx.Linear))
+        self.program = trace(accelerated, batch, LAYERS)
         self.calls = [call for call in self.program.calls if call.path.startswith(prefixes)]
         if not prefixes or not self.calls:
             raise ValueError(f"{type(accelerated).__name__} has no chain to refit")
         evaluated = nnx.clone(accelerated)
         evaluated.eval()
         self.graphdef, self.state = nnx.split(evaluated)
-        self.places = _parameter_places(self.program, self.state, self.calls)
+        # Hides the convolutions, which the preconditioner has to see.
+        differentiated = trace(with_fast_kernel_gradients(accelerated), batch, LAYERS)
+        self.given = differentiated.parameters
+        self.places = _parameter_places(differentiated, self.state, self.calls)
         self.weights = [
-            _matrix(
-                self.program.parameters[kernel],
-                None if bias is None else self.program.parameters[bias],
-            )
+            _matrix(self.given[kernel], None if bias is None else self.given[bias])
             for kernel, bias in self.places
         ]
         self.fitted, self.held_out = images[fitting], images[~fitting]
@@ -298,7 +303,7 @@ class _Task:
         )
         if not (self.energy > 0 and self.held_out_energy > 0):
             raise ValueError("the original network's outputs are all zero")
-        run = jex.jaxpr_as_fun(jex.ClosedJaxpr(self.program.jaxpr, ()))
+        run = jex.jaxpr_as_fun(jex.ClosedJaxpr(differentiated.jaxpr, ()))
 
         def squares(weights, parameters, images, wanted, mask):
             (found,) = run(*self._parameters(weights, parameters), images)
@@ -320,7 +325,7 @@ class _Task:
 
     def with_weights(self, weights: Weights) -> nnx.Module:
         """A copy of the accelerated network with these weights of the factors."""
-        parameters = self._parameters(weights, self.program.parameters)
+        parameters = self._parameters(weights, self.given)
         structure = jax.tree.structure(self.state)
         leaves = parameters[len(parameters) - structure.num_leaves :]
         return nnx.merge(self.graphdef, jax.tree.unflatten(structure, leaves), copy=True)
@@ -361,7 +366,7 @@ class _Task:
     def error(self, weights: Weights) -> float:
         """R on the images that are not used for fitting."""
         total = sum(
-            float(self._squares(weights, self.program.parameters, *batch))
+            float(self._squares(weights, self.given, *batch))
             for batch in self._batches(self.held_out, self.held_out_answers)
         )
         return total / self.held_out_energy
@@ -370,7 +375,7 @@ class _Task:
         """C of each factor, on the images that are fitted to."""
         sums = [jnp.zeros_like(matrix) for matrix in weights]
         for batch in self._batches(self.fitted, self.fitted_answers):
-            found = self._gradient(weights, self.program.parameters, *batch)
+            found = self._gradient(weights, self.given, *batch)
             sums = [a - b / (2 * self.energy) for a, b in zip(sums, found, strict=True)]
             progress.advance(int(batch[-1].sum()))
         return sums
