@@ -5,10 +5,12 @@
 """
 
 from accel.accelerate import Result, accelerate, reconstruct
+from accel.benchmark import latency
 from accel.calibration import Calibration, calibrate
 from accel.checkpoint import load_model, save_model
 from accel.cost import count_conv_macs, count_dense_macs, count_macs
 from accel.device_times import LayerTimes, measure_times
+from accel.evaluation import accuracy, compare_outputs
 from accel.finetune import FinetuneResult, finetune
 from accel.images import ArraySource, ImageSource
 from accel.inference import Inference, compile_inference
@@ -17,9 +19,10 @@ from accel.loss_budget import AllowedLoss, Probe, WithinLoss, search_within_loss
 from accel.memory import use_one_pool
 from accel.models import ModelSpec
 from accel.plan import AccelerationPlan, LayerPlan
-from accel.progress import ConsoleProgress, Progress
+from accel.progress import ConsoleProgress, LineProgress, Progress
 from accel.reinitialize import reinitialized
 from accel.repair import Distillation, Refitted, distill, refit
+from accel.report.console import summary
 from accel.report.report import LayerReport, Report
 from accel.selection import (
     measure_errors,
@@ -45,6 +48,7 @@ __all__ = [
     "LayerPlan",
     "LayerReport",
     "LayerTimes",
+    "LineProgress",
     "ModelSpec",
     "Probe",
     "Progress",
@@ -54,7 +58,9 @@ __all__ = [
     "TimedPlan",
     "WithinLoss",
     "accelerate",
+    "accuracy",
     "calibrate",
+    "compare_outputs",
     "compile_inference",
     "correct_times",
     "count_conv_macs",
@@ -62,6 +68,7 @@ __all__ = [
     "count_macs",
     "distill",
     "finetune",
+    "latency",
     "load_model",
     "measure_errors",
     "measure_sensitivity",
@@ -76,5 +83,6 @@ __all__ = [
     "select_for_latency",
     "select_ranks",
     "select_within_error",
+    "summary",
     "use_one_pool",
 ]

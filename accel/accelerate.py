@@ -31,7 +31,7 @@ from accel.images import ImageSource
 from accel.loss_budget import search_within_loss
 from accel.memory import peak_bytes, release_free_memory
 from accel.plan import AccelerationPlan, LayerPlan
-from accel.program import LayerCall, named_layers, specification
+from accel.program import LayerCall, named_layers, path_name, specification
 from accel.progress import Progress
 from accel.rank_selection import Rules, check_speedup
 from accel.reconstruction import JOINT, RECONSTRUCTIONS, LayerProblem
@@ -47,8 +47,8 @@ from accel.selection import (
     select_ranks,
 )
 from accel.sensitivity import Sensitivity
-from accel.solution import Solution, load_solution, save_solution
-from accel.solvers import SOLVERS, Solver
+from accel.solution import SOLUTION_FORMAT, Solution, load_solution, save_solution
+from accel.solvers import SOLVERS, Alternating, ReducedRankRegression, Solver
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +88,7 @@ def accelerate(
     batch_size: int = 16,
     cache_bytes: int | None = None,
     seed: int = 0,
-    resume: Path | None = None,
+    resume: Path | str | None = None,
     progress: Progress | None = None,
 ) -> Result:
     """Makes a trained convolutional network cheaper by ``speedup``, without retraining.
@@ -146,6 +146,7 @@ def accelerate(
     check_rank_selection(rank_selection, layer_kinds(decompositions, dense_speedup is not None))
     if dense_speedup is not None:
         check_speedup("dense_speedup", dense_speedup)
+    resume = None if resume is None else Path(resume)
     chosen_solver = solver_named(solver)
     _check_reconstruction(reconstruction, chosen_solver)
     budget = Budget(
@@ -194,6 +195,7 @@ def accelerate(
             allowed_loss,
             curves,
             reconstructed,
+            settings=(reconstruction, chosen_solver, asymmetric),
             rules=rules,
             resume=resume,
             progress=progress,
@@ -254,10 +256,14 @@ def _check_reconstruction(name: str, solver: Solver) -> None:
         raise ValueError(f"unknown reconstruction {name!r}; known: {', '.join(RECONSTRUCTIONS)}")
     if name != JOINT:
         return
-    # All that joint takes from a solver are its turns: whatever else it says would be lost.
-    known = type(solver) in SOLVERS.values()
+    # It has fits of its own in the place of these two, and calls no other.
+    if not isinstance(solver, ReducedRankRegression | Alternating):
+        raise ValueError(
+            f"reconstruction='joint' does not call {solver}; choose reconstruction='responses'"
+        )
+    # All that it takes from them are the turns: whatever else they say would be lost.
     settings = {f.name: f.default for f in dataclasses.fields(solver) if f.name != "schedule"}
-    if not known or any(getattr(solver, name) != value for name, value in settings.items()):
+    if any(getattr(solver, name) != value for name, value in settings.items()):
         raise ValueError(
             f"{solver} has settings that reconstruction='joint' does not take over; choose"
             " reconstruction='responses'"
@@ -272,7 +278,7 @@ def reconstruct(
     solver: str | Solver = "alternating",
     asymmetric: bool = True,
     sensitivity: Mapping[str, Sensitivity] | None = None,
-    resume: Path | None = None,
+    resume: Path | str | None = None,
     progress: Progress | None = None,
 ) -> Result:
     """Replaces the layers of ``plan`` one after the other, each fitted to responses.
@@ -292,6 +298,7 @@ def reconstruct(
     # with gaps; a calibration and every call before would leave some more.
     release_free_memory()
     progress = progress or Progress()
+    resume = None if resume is None else Path(resume)
     solver = solver_named(solver)
     _check_reconstruction(reconstruction, solver)
     _check_plan(calibration, plan)
@@ -327,8 +334,10 @@ def reconstruct(
         fitted = seen if asymmetric else original.patches(positions)
         responded = time.perf_counter()
         metric = sensitivity[call.path] if sensitivity and reconstruction == JOINT else None
-        settings = (layer, reconstruction, solver, call.activation)
-        arrays = (fitted, calibration.targets[call.path], calibration.fitting)
+        settings = (SOLUTION_FORMAT, layer, reconstruction, solver, call.activation)
+        # What it is given at last, too: its error is measured on that.
+        given = (fitted,) if asymmetric else (fitted, seen)
+        arrays = (*given, calibration.targets[call.path], calibration.fitting)
         digest = _digest(settings, *arrays, *(metric or ()))
         solution = None if resume is None else load_solution(resume, call.path, digest)
         if solution is None:
@@ -404,7 +413,11 @@ def layer_problem(
 def solve_layer(problem: LayerProblem, reconstruction: str, path: str) -> Split:
     """The factors of one layer; what cannot be solved is told with the layer's path."""
     try:
-        return RECONSTRUCTIONS[reconstruction](problem)
+        split = RECONSTRUCTIONS[reconstruction](problem)
+        for name, factor in split._asdict().items():
+            if factor is not None and not np.isfinite(factor).all():
+                raise FloatingPointError(f"the chain's {name} came out with NaN or Inf")
+        return split
     except (ValueError, FloatingPointError) as error:
         raise type(error)(f"{path}: {error}") from error
 
@@ -433,6 +446,7 @@ def _check_plan(calibration: Calibration, plan: AccelerationPlan) -> None:
     if missing := [path for path in calls if path not in planned]:
         raise ValueError(f"the plan says nothing of {missing[0]}")
     known = {path for path, _ in named_layers(calibration.model, (nnx.Conv, nnx.Linear))}
+    known |= calibration.left_out.keys()
     for layer in plan.layers:
         if layer.path not in known:
             raise ValueError(f"the plan names {layer.path!r}, which is no layer of the network")
@@ -466,8 +480,7 @@ def _report(
     after = count_conv_macs(model, images)
     dense_after = count_dense_macs(model, images) if calibration.dense_macs else {}
     layer_types = {
-        path: type(layer).__name__
-        for path, layer in named_layers(calibration.model, (nnx.Conv, nnx.Linear))
+        path_name(parts): type(node).__name__ for parts, node in nnx.iter_graph(calibration.model)
     }
     activations = {call.path: call.activation for call in calibration.program.calls}
     before = {**calibration.macs, **calibration.dense_macs}

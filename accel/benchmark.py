@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from accel.checkpoint import load_model, saved_plan, saved_spec
+from accel.checkpoint import builder, load_model, saved_plan, saved_spec
 from accel.cost import count_conv_macs
 from accel.device_times import layer_seconds
 from accel.evaluation.forward import check_dtype, in_dtype
@@ -182,8 +182,7 @@ def benchmark(
         raise ValueError(f"{out.parent} is no folder to write {out.name} to")
     model_folder = folder / "model"
     spec, plan = saved_spec(model_folder), saved_plan(model_folder)
-    if spec is None:
-        raise ValueError(f"{model_folder} does not say how its original network is built")
+    build, name = builder(model_folder, spec), str(spec and spec.name)
     if plan is None or not plan.layers:
         raise ValueError(f"{model_folder} holds no accelerated network")
     report = folder / "report.json"
@@ -194,8 +193,8 @@ def benchmark(
     shape = _image_shape(folder, recorded, image_shape)
     image = jax.ShapeDtypeStruct((1, *shape), np.float32)
     # Of the abstract network, so that a shape which does not fit shows before weights are read.
-    macs_original = count_conv_macs(nnx.eval_shape(spec.build), image)
-    original = with_any_weights(spec.build())
+    macs_original = count_conv_macs(nnx.eval_shape(build), image)
+    original = with_any_weights(build())
     accelerated = load_model(model_folder)
     macs_accelerated = count_conv_macs(accelerated, image)
     total, left = sum(macs_original.values()), sum(macs_accelerated.values())
@@ -256,7 +255,7 @@ def benchmark(
             )
         )
     result = Benchmark(
-        model=spec.name,
+        model=name,
         device=device_name(),
         versions=versions(),
         command=command,

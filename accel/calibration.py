@@ -27,7 +27,7 @@ from accel.images import (
     split_images,
 )
 from accel.memory import available_bytes, resident_bytes
-from accel.program import LayerCall, Program, named_layers, specification, trace
+from accel.program import LayerCall, Program, named_layers, path_name, specification, trace
 from accel.progress import Progress
 from accel.rank_selection import Rules, apply_rules
 from accel.runs import AcceleratedRun, OriginalRun, patch_size, sample_positions
@@ -49,7 +49,7 @@ class Calibration:
         program: The same network, traced.
         calls: The layers that can be replaced, in order of execution: convolutions and, where they
             were asked for, dense layers.
-        left_out: The other layers of these types, and why each stays as it is.
+        left_out: All else that convolves, and why each stays as it is.
         decompositions: The kinds of chain to choose from.
         source: The calibration images.
         batch_size: The batch size that the program was traced for.
@@ -177,6 +177,15 @@ def calibrate(
         elif dense and rows != batch_size:
             left_out[call.path] = f"its input has {rows} rows for a batch of {batch_size} images"
     calls = tuple(call for call in program.calls if call.path not in left_out)
+    macs = count_conv_macs(folded, batch)
+    found_layers = {*left_out, *(call.path for call in calls)}
+    modules = {path_name(parts): type(node).__name__ for parts, node in nnx.iter_graph(folded)}
+    # Their MACs count, so they are told of, too.
+    left_out |= {
+        path: f"computed by {modules[path]}, which is no nnx.Conv"
+        for path in macs
+        if path not in found_layers
+    }
     for layer_type, name in ((nnx.Conv, "convolution"), (nnx.Linear, "dense layer")):
         wanted = dense_layers or layer_type is nnx.Conv
         if wanted and not any(isinstance(call.layer, layer_type) for call in calls):
@@ -220,7 +229,7 @@ def calibrate(
         tuning=tuning,
         positions=positions,
         targets=targets,
-        macs=count_conv_macs(folded, batch),
+        macs=macs,
         dense_macs=count_dense_macs(folded, batch) if dense_layers else {},
         seconds=time.perf_counter() - start,
         stated_peak_bytes=stated,

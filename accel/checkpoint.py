@@ -17,7 +17,7 @@ import orbax.checkpoint as ocp
 from flax import nnx
 
 from accel.batch_norm import fold_batch_norm
-from accel.models import ModelSpec
+from accel.models import MODELS, ModelSpec
 from accel.plan import AccelerationPlan
 from accel.rewrite import rewrite
 
@@ -45,7 +45,8 @@ def save_model(
     if folder.exists():
         raise FileExistsError(f"{folder} exists already; nothing is overwritten")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = folder.with_name(f"{folder.name}.partial")
+    # Not ``NAME.partial``, under which an unfinished run keeps what it has solved.
+    partial = folder.with_name(f"{folder.name}.saving")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
     description = {
@@ -65,8 +66,8 @@ def load_model(folder: Path, build: Callable[[], nnx.Module] | None = None) -> n
 
     Args:
         folder: Where it is.
-        build: Builds the original network, for networks that are not among ``accel.models``; its
-            parameters are never computed.
+        build: Builds the original network, for networks that are not among ``accel.models``, such
+            as ``ModelSpec("package.module:function").build``; its parameters are never computed.
 
     Raises:
         ValueError: If the folder is no model folder, or the network that is built does not fit it.
@@ -74,9 +75,7 @@ def load_model(folder: Path, build: Callable[[], nnx.Module] | None = None) -> n
     folder = Path(folder)
     spec = saved_spec(folder)
     if build is None:
-        if spec is None:
-            raise ValueError(f"{folder} does not say how its network is built; give load a builder")
-        build = spec.build
+        build = builder(folder, spec)
     plan = saved_plan(folder)
 
     def rebuild() -> nnx.Module:
@@ -101,6 +100,26 @@ def load_model(folder: Path, build: Callable[[], nnx.Module] | None = None) -> n
     model = nnx.merge(graphdef, nnx.from_flat_state(flat))
     model.eval()
     return model
+
+
+def builder(folder: Path, spec: ModelSpec | None) -> Callable[[], nnx.Module]:
+    """What builds the original network of a model folder, where that can be left to the folder.
+
+    A folder is data: it chooses among the networks of ``accel.models``, but no code to import.
+
+    Raises:
+        ValueError: If it cannot.
+    """
+    if spec is None:
+        fault = "does not say how its original network is built"
+    elif spec.name not in MODELS:
+        fault = f"is of a network built by {spec.name}, code that is not run at a folder's word"
+    else:
+        return spec.build
+    raise ValueError(
+        f"{folder} {fault}; call load_model(folder, build=…) with a function without arguments that"
+        " builds the original network"
+    )
 
 
 def saved_spec(folder: Path) -> ModelSpec | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import runpy
+import sys
 from pathlib import Path
 from typing import TypeVar
 
@@ -21,6 +22,9 @@ def load_config(file: Path, kind: type[Config]) -> Config:
     """
     if not file.is_file():
         raise ValueError(f"{file}: no such config file")
+    # As Python does for a script: a config's own network may be defined in a file beside it.
+    if (folder := str(file.resolve().parent)) not in sys.path:
+        sys.path.append(folder)
     config = runpy.run_path(str(file)).get("config")
     if not isinstance(config, kind):
         raise ValueError(

@@ -178,8 +178,8 @@ def _layer_curve(
             cutters[structure.first_axes] = cutter
         ranks = sorted(
             {
-                min(max(1, int(np.searchsorted(macs, share * dense_macs))), largest)
-                for share in SHARES
+                *(1, largest),
+                *(min(max(1, int(np.searchsorted(macs, s * dense_macs))), largest) for s in SHARES),
             }
         )
         found = [

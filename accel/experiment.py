@@ -146,7 +146,7 @@ class Experiment:
             raise ValueError(f"{path} holds {spec}, the experiment is about {self.model}")
         if (path / "plan.json").exists():
             raise ValueError(f"{path} holds a network that was folded or accelerated already")
-        return load_model(path)
+        return load_model(path, self.model.build)
 
     def accelerate(
         self,

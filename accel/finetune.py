@@ -142,7 +142,7 @@ def finetune(
     augmentation: Augmentation | None = None,
     precision: Precision | None = None,
     seed: int = 0,
-    resume: Path | None = None,
+    resume: Path | str | None = None,
     checkpoint_seconds: float = 300.0,
     progress: Progress | None = None,
 ) -> FinetuneResult:
@@ -191,6 +191,7 @@ def finetune(
         FloatingPointError: If loss or gradient become NaN or Inf; the message names the step.
     """
     progress = progress or Progress()
+    resume = None if resume is None else Path(resume)
     if not len(images):
         raise ValueError("fine-tuning needs one image or more, found none")
     batch_size = min(batch_size, len(images))

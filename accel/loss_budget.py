@@ -187,6 +187,7 @@ def search_within_loss(
     curves: Mapping[str, ErrorCurve],
     reconstructed: Callable[..., Solved],
     *,
+    settings: object = None,
     rules: Rules | None = None,
     resume: Path | None = None,
     progress: Progress | None = None,
@@ -201,6 +202,8 @@ def search_within_loss(
         allowed: What may be lost; checked (``AllowedLoss.check``).
         curves: From ``measure_errors``.
         reconstructed: Solves a plan, called as ``reconstruct(calibration, plan, resume=folder)``.
+        settings: By what ``reconstructed`` solves, its ``repr`` to be told from others by where a
+            search is resumed.
         rules: As in ``accelerate``.
         resume: A folder for what was found: the predicted and the measured figures of every plan
             that was tried, and the solutions of its layers in a folder of its own. A search that
@@ -219,7 +222,7 @@ def search_within_loss(
     cache_bytes = max(0, calibration.cache_bytes - held_back.nbytes)
     calibration = dataclasses.replace(calibration, cache_bytes=cache_bytes)
     reachable = reachable_errors(calibration, curves, rules=rules)
-    asked = (allowed, hashlib.sha256(held_back.tobytes()).hexdigest())
+    asked = (allowed, settings, hashlib.sha256(held_back.tobytes()).hexdigest())
     digest = choice_digest(asked, curves, rules or {})
     probes = [] if resume is None else _load(resume, digest)
     best: Solved | None = None

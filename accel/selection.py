@@ -358,11 +358,27 @@ def _plan(
         elif path not in chosen:
             plans.append(LayerPlan(path, reason="no dense_speedup given"))
         elif (candidate := chosen[path]) is None:
-            reason = "by rule" if fixed[path] == "dense" else "cheaper as it is"
+            if fixed[path] == "dense":
+                reason = "by rule"
+            elif _has_cheaper_chain(calibration, path):
+                reason = "kept by the rank selection"
+            else:
+                reason = "cheaper as it is"
             plans.append(LayerPlan(path, reason=reason))
         else:
             plans.append(LayerPlan(path, candidate.decomposition, candidate.ranks))
     return AccelerationPlan(tuple(plans), calibration.folded)
+
+
+def _has_cheaper_chain(calibration: Calibration, path: str) -> bool:
+    (call,) = (call for call in calibration.calls if call.path == path)
+    macs = {**calibration.macs, **calibration.dense_macs}[path]
+    dense = isinstance(call.layer, nnx.Linear)
+    return any(
+        rank_macs(call, kind)[0] < macs
+        for kind in calibration.decompositions
+        if kind.dense == dense and kind.unsuitable(call.layer) is None
+    )
 
 
 def _of_kind(calibration: Calibration, dense: bool) -> tuple[list[LayerCall], Mapping[str, int]]:

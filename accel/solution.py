@@ -9,6 +9,9 @@ import numpy as np
 
 from accel.decompositions import Split
 
+# Raised when layers come to be solved in another way: what was solved before is solved anew.
+SOLUTION_FORMAT = 2
+
 
 class Solution(NamedTuple):
     """The factors of a layer, and its relative error on rows that were not used for fitting."""

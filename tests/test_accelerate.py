@@ -48,9 +48,14 @@ def calibrations():
     }
 
 
-@pytest.mark.parametrize("solver", ["pca", "reduced_rank_regression", "alternating"])
+@pytest.mark.parametrize(
+    ("reconstruction", "solver"),
+    [*(("responses", name) for name in SOLVERS), ("joint", "alternating")],
+)
 @pytest.mark.parametrize("name", networks.NETWORKS)
-def test_at_full_rank_the_accelerated_network_is_the_original(calibrations, name, solver):
+def test_at_full_rank_the_accelerated_network_is_the_original(
+    calibrations, name, reconstruction, solver
+):
     calibration = calibrations[name]
     plan = AccelerationPlan(
         tuple(
@@ -59,7 +64,7 @@ def test_at_full_rank_the_accelerated_network_is_the_original(calibrations, name
         ),
         calibration.folded,
     )
-    result = reconstruct(calibration, plan, solver=solver)
+    result = reconstruct(calibration, plan, reconstruction=reconstruction, solver=solver)
     images = networks.images(5, seed=99)
     expected = evaluated(networks.network(name))(images)
     np.testing.assert_allclose(result.model(images), expected, rtol=2e-4, atol=2e-4)
@@ -289,10 +294,10 @@ def test_a_run_that_was_stopped_goes_on_where_it_was(calibrations, tmp_path):
             resume=tmp_path,
         )
     assert len(list(tmp_path.iterdir())) == 2
-    resumed = reconstruct(calibration, plan, resume=tmp_path)
+    resumed = reconstruct(calibration, plan, resume=str(tmp_path))
     jax.tree.map(np.testing.assert_array_equal, nnx.state(whole.model), nnx.state(resumed.model))
     with pytest.raises(ValueError, match=r"first: .* holds the solution of another problem"):
-        reconstruct(calibration, plan, solver="pca", resume=tmp_path)
+        reconstruct(calibration, plan, solver="reduced_rank_regression", resume=tmp_path)
     strip = lambda report: [dataclasses.asdict(layer) for layer in report.layers]  # noqa: E731
     assert strip(whole.report) == strip(resumed.report)
 
@@ -300,5 +305,7 @@ def test_a_run_that_was_stopped_goes_on_where_it_was(calibrations, tmp_path):
 def test_the_joint_fit_refuses_what_it_would_not_take_over(calibrations):
     calibration = calibrations["chain"]
     plan = select_ranks(calibration, 2.0, rank_selection="exact_energy")
+    with pytest.raises(ValueError, match=r"reconstruction='joint' does not call PCA"):
+        reconstruct(calibration, plan, solver="pca")
     with pytest.raises(ValueError, match=r"ridge=0.1.* settings that reconstruction='joint' does"):
         reconstruct(calibration, plan, solver=SOLVERS["alternating"](ridge=0.1))

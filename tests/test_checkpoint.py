@@ -57,8 +57,46 @@ def test_a_users_network_is_rebuilt_with_a_builder(tmp_path):
     again = accel.load_model(tmp_path / "model", lambda: networks.Residual(nnx.Rngs(9)))
     images = networks.images(3, seed=1)
     np.testing.assert_array_equal(again(images), result.model(images))
-    with pytest.raises(ValueError, match="does not say how its network is built"):
+    with pytest.raises(ValueError, match="does not say how its original network is built"):
         accel.load_model(tmp_path / "model")
+
+
+def residual(rngs, width=12):
+    return networks.Residual(rngs, width)
+
+
+def test_a_users_network_has_a_name_that_a_folder_alone_does_not_have_imported(tmp_path):
+    spec = ModelSpec("test_checkpoint:residual", {"width": 8})
+    model = spec.build(nnx.Rngs(3))
+    accel.save_model(tmp_path / "model", model, spec)
+    with pytest.raises(ValueError, match="code that is not run at a folder's word"):
+        accel.load_model(tmp_path / "model")
+    again = accel.load_model(tmp_path / "model", spec.build)
+    model.eval()
+    images = networks.images(3, seed=1)
+    np.testing.assert_array_equal(again(images), model(images))
+    assert saved_spec(tmp_path / "model") == spec
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("residual", "unknown model 'residual'; known: vgg11"),
+        ("no_module:residual", "model 'no_module:residual': No module named 'no_module'"),
+        ("test_checkpoint:no_function", "has no attribute 'no_function'"),
+    ],
+)
+def test_a_network_that_is_not_there_is_named(name, message):
+    with pytest.raises(ValueError, match=message):
+        ModelSpec(name).build()
+
+
+def test_an_unfinished_run_of_that_name_is_left_alone(tmp_path):
+    model, plan = accelerated()
+    solved = tmp_path / "model.partial" / "layers"
+    solved.mkdir(parents=True)
+    accel.save_model(tmp_path / "model", model, SPEC, plan)
+    assert solved.is_dir()
 
 
 def test_nothing_is_overwritten(tmp_path):

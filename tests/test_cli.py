@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,10 @@ from safetensors.numpy import save_file
 
 import accel
 from accel.cli import main
+from accel.configuration import load_config
 from accel.data import fashion_test_images
+from accel.experiment import Experiment
+from accel.rewrite import FactorizedConv
 
 ROOT = Path(__file__).parent.parent
 REPORT_FIELDS = {
@@ -240,3 +244,34 @@ def test_the_bundled_network_keeps_its_accuracy_at_4x(tmp_path):
     assert top1["original"] >= 0.93
     assert top1["accelerated"] >= top1["original"] - 0.02
     shutil.rmtree(out)
+
+
+def test_a_users_own_network_runs_by_a_config_beside_it(tmp_path, monkeypatch, pictures):
+    (tmp_path / "my_network.py").write_text(
+        "from flax import nnx\n"
+        "class Net(nnx.Module):\n"
+        "    def __init__(self, rngs, width=8):\n"
+        "        self.stem = nnx.Conv(3, width, (3, 3), rngs=rngs)\n"
+        "        self.body = nnx.Conv(width, width, (3, 3), rngs=rngs)\n"
+        "    def __call__(self, x):\n"
+        "        return self.body(nnx.relu(self.stem(x)))\n"
+    )
+    (tmp_path / "my_config.py").write_text(
+        "from pathlib import Path\n"
+        "from accel.data.settings import FolderImages\n"
+        "from accel.experiment import Experiment\n"
+        "from accel.models import ModelSpec\n"
+        "config = Experiment(\n"
+        "    model=ModelSpec('my_network:Net', {'width': 12}), weights=None,\n"
+        f"    calibration=FolderImages(Path({str(pictures)!r}), image_size=32),\n"
+        f"    evaluation=FolderImages(Path({str(pictures)!r}), image_size=32),\n"
+        "    reconstruction='responses',\n"
+        ")\n"
+    )
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    config = load_config(tmp_path / "my_config.py", Experiment)
+    accel.save_model(tmp_path / "model", config.model.build(), config.model)
+    arguments = ["--smoke", "--weights", str(tmp_path / "model"), "--out", str(tmp_path / "out")]
+    assert main(["run", str(tmp_path / "my_config.py"), *arguments]) == 0
+    accelerated = accel.load_model(tmp_path / "out" / "model", config.model.build)
+    assert isinstance(accelerated.body, FactorizedConv)

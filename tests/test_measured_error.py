@@ -161,3 +161,49 @@ def test_a_layer_that_no_chain_makes_cheaper_stays_dense_and_no_cache_is_needed(
 def test_too_few_images_to_measure_on_are_refused():
     with pytest.raises(ValueError, match="needs 2 images that are fitted to or more, found 1"):
         accel.accelerate(OneChannelHead(nnx.Rngs(0)), IMAGES[:2], 1.3)
+
+
+def test_a_rule_may_ask_for_any_rank_that_is_cheaper():
+    calibration = calibrate(networks.network("chain"), IMAGES, decompositions="channel")
+    curves = measure_errors(calibration)
+    wide = max(curves, key=lambda path: curves[path].macs.max())
+    for rank in (1, max(c.ranks[0] for c in curves[wide].candidates)):
+        plan = select_ranks(calibration, 1.01, curves=curves, rules={wide: rank})
+        (layer,) = (layer for layer in plan.layers if layer.path == wide)
+        assert layer.ranks == (rank,)
+        assert curves[wide].macs.max() < calibration.macs[wide]
+
+
+class OwnConv(nnx.Conv):
+    """May compute something else than its parent."""
+
+
+class WithOwnConv(nnx.Module):
+    def __init__(self, rngs):
+        self.body = nnx.Conv(3, 16, (3, 3), rngs=rngs)
+        self.own = OwnConv(16, 16, (3, 3), rngs=rngs)
+        self.up = nnx.ConvTranspose(16, 4, (2, 2), strides=2, rngs=rngs)
+
+    def __call__(self, x):
+        return self.up(nnx.relu(self.own(nnx.relu(self.body(x)))))
+
+
+def test_everything_that_convolves_is_in_the_report():
+    result = accel.accelerate(WithOwnConv(nnx.Rngs(0)), IMAGES, 1.1, decompositions=KINDS)
+    layers = {layer.path: layer for layer in result.report.layers}
+    assert layers["body"].decomposition is not None
+    assert layers["own"].reason == "computed by OwnConv, which is no nnx.Conv"
+    assert layers["up"].reason == "computed by ConvTranspose, which is no nnx.Conv"
+    assert layers["own"].layer_type == "OwnConv"
+    assert sum(layer.macs_original for layer in layers.values()) == result.report.macs["original"]
+
+
+def test_why_a_layer_stays_as_it_is():
+    calibration = calibrate(networks.network("chain"), IMAGES, decompositions="channel")
+    curves = measure_errors(calibration)
+    plan = select_ranks(calibration, 1.001, curves=curves)
+    kept = {layer.path for layer in plan.layers if layer.decomposition is None}
+    assert any(curves[path].macs.min() < calibration.macs[path] for path in kept & curves.keys())
+    for layer in plan.layers:
+        if layer.path in kept and layer.path in curves:
+            assert layer.reason == "kept by the rank selection"

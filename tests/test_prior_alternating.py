@@ -72,6 +72,28 @@ def test_without_turns_and_rank_it_is_ridge_regression():
     np.testing.assert_allclose(found.bias, problem.targets.mean(0), atol=1e-6)
 
 
+@pytest.mark.parametrize("scale", [1e-6, 1e-4, 1e4])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_units_of_the_inputs_do_not_matter(scale, dtype):
+    problem = Problem()
+    inputs = problem.inputs.copy()
+    inputs[:, 3] *= np.float32(scale)
+    units = np.ones(WIDTH)
+    units[3] = scale
+    prior = Prior(problem.penalty * np.outer(units, units), problem.prior.cross * units[:, None])
+
+    def fitted(inputs, prior):
+        with arithmetic(dtype):
+            identity = np.eye(OUT, dtype=dtype)
+            prior = Prior(*(part.astype(dtype) for part in prior))
+            return fit_ending(
+                inputs, problem.targets, prior, None, identity, identity, PENALTIES
+            ).matrix
+
+    expected, found = fitted(problem.inputs, problem.prior), fitted(inputs, prior)
+    np.testing.assert_allclose(found * units[:, None], expected, atol=1e-3 * abs(expected).max())
+
+
 @pytest.mark.parametrize("rank", [1, 3, 6])
 def test_a_rank_is_cut_where_the_metric_says(rank):
     problem = Problem()

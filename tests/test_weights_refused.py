@@ -194,13 +194,12 @@ def test_no_file_empty_file_and_unknown_suffix(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("suffix", "package", "extra"),
-    [(".pth", "torch", "torch"), (".h5", "h5py", "keras"), (".onnx", "onnx", "onnx")],
+    ("suffix", "package"), [(".pth", "torch"), (".h5", "h5py"), (".onnx", "onnx")]
 )
-def test_a_missing_package_is_named_with_its_extra(suffix, package, extra, tmp_path, monkeypatch):
+def test_a_missing_package_is_named(suffix, package, tmp_path, monkeypatch):
     (tmp_path / f"a{suffix}").write_bytes(b"something")
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(WeightError, match=rf"needs the package {package}: .*'accel\[{extra}\]'"):
+    with pytest.raises(WeightError, match=f"needs the package {package}: pip install {package}"):
         weights.read(tmp_path / f"a{suffix}")
 
 

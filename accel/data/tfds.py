@@ -2,7 +2,7 @@
 
 The data set has to be stored in a format of random access (``file_format="array_record"`` when it
 is prepared, or by ``tfds convert_format``): its usual one, TFRecord, can be read by TensorFlow
-only. Needs the extra ``accel[tfds]``.
+only. Needs the package ``tensorflow-datasets``.
 """
 
 from __future__ import annotations

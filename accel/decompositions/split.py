@@ -209,7 +209,7 @@ def _prepared(
     d = metric.kernel.shape[1]
     if metric.matrix is None:
         gram = contract("ur,uv->rv", first, first)
-        moments = jnp.einsum("rv,st->rsvt", gram, jnp.eye(s, dtype=first.dtype))
+        moments = contract("rv,st->rsvt", gram, jnp.eye(s, dtype=first.dtype))
     else:
         half = contract("xsu,ur->xrs", metric.matrix.reshape(-1, s, u), first)
         half = half.reshape(s, u, width * s)

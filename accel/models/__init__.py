@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -36,7 +37,10 @@ MODELS: dict[str, Callable[..., nnx.Module]] = {
 
 @dataclasses.dataclass(frozen=True)
 class ModelSpec:
-    """What a network is rebuilt from: a name of ``MODELS`` and the builder's keyword options.
+    """What a network is rebuilt from: its builder's name and keyword options.
+
+    The name is one of ``MODELS``, or says where a builder of the user's own is to be imported from:
+    ``package.module:function``, called as ``function(rngs=nnx.Rngs(…), **options)``.
 
     Lists among the options are kept as tuples, so that a description equals the one that is read
     back from JSON.
@@ -54,15 +58,26 @@ class ModelSpec:
         return build(self.name, rngs=rngs, **self.options)
 
 
+def _own_builder(name: str) -> Callable[..., nnx.Module]:
+    module, _, function = name.partition(":")
+    try:
+        return getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"model {name!r}: {error}") from error
+
+
 def build(name: str, *, rngs: nnx.Rngs | None = None, **options: Any) -> nnx.Module:
     """Builds the network called ``name`` with fresh parameters (seed 0 without ``rngs``).
 
     Raises:
         ValueError: If the name is unknown, or an option is not one of the network's.
     """
-    if name not in MODELS:
-        raise ValueError(f"unknown model {name!r}; known: {', '.join(MODELS)}")
+    if name not in MODELS and ":" not in name:
+        raise ValueError(
+            f"unknown model {name!r}; known: {', '.join(MODELS)}, and package.module:function"
+        )
+    builder = MODELS[name] if name in MODELS else _own_builder(name)
     try:
-        return MODELS[name](**options, rngs=nnx.Rngs(0) if rngs is None else rngs)
+        return builder(**options, rngs=nnx.Rngs(0) if rngs is None else rngs)
     except TypeError as error:
         raise ValueError(f"model {name!r} with options {options}: {error}") from error

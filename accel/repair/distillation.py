@@ -147,7 +147,7 @@ def distill(
     settings: Distillation | None = None,
     fitting: np.ndarray | None = None,
     seed: int = 0,
-    resume: Path | None = None,
+    resume: Path | str | None = None,
     progress: Progress | None = None,
 ) -> Distilled:
     """Trains all parameters of ``accelerated`` to answer as ``original`` does.
@@ -177,6 +177,7 @@ def distill(
     start = time.perf_counter()
     settings = settings or Distillation()
     progress = progress or Progress()
+    resume = None if resume is None else Path(resume)
     source = (
         ArraySource(np.asarray(images)) if isinstance(images, np.ndarray | jax.Array) else images
     )
@@ -295,6 +296,15 @@ class _Network:
             values[place] = value
         return values
 
+    @property
+    def arrays(self) -> list[jax.Array]:
+        """All that its answers hang on: not the keys of layers that draw, which none does here."""
+        return [
+            array
+            for array in self.program.parameters
+            if not jnp.issubdtype(array.dtype, jax.dtypes.prng_key)
+        ]
+
     def with_parameters(self, trained: Parameters) -> nnx.Module:
         """A copy of the model with these values of the parameters that are trained."""
         leaves = self.all_parameters(trained, self.program.parameters)[self.constants :]
@@ -340,7 +350,7 @@ class _Task:
         def loss_of(trained, given, taught, views):
             error, energy = squares(trained, given, taught, views).sum(axis=2)
             # What is zero in the whole batch (dead channels) has no relative error.
-            return weights.astype(error.dtype) @ (error / jnp.where(energy > 0, energy, 1))
+            return jnp.sum(weights * (error / jnp.where(energy > 0, energy, 1)))
 
         @jax.jit
         def step(trained, optimizer, given, taught, images, key):
@@ -357,7 +367,7 @@ class _Task:
         return problem_digest(
             (self.settings, seed),
             (self.teacher.program, self.student.program),
-            (fitting, images, *self.student.trained, *self.teacher.trained),
+            (fitting, images, *self.student.arrays, *self.teacher.arrays),
         )
 
     def step(self, trained, optimizer, images: np.ndarray, key: jax.Array):

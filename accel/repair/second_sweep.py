@@ -88,7 +88,7 @@ def refit(
     fitting: np.ndarray | None = None,
     batch_size: int = 50,
     seed: int = 0,
-    resume: Path | None = None,
+    resume: Path | str | None = None,
     progress: Progress | None = None,
 ) -> Refitted:
     """Refits all chains of ``accelerated`` at once to the outputs of ``original``.
@@ -116,6 +116,7 @@ def refit(
     """
     start = time.perf_counter()
     progress = progress or Progress()
+    resume = None if resume is None else Path(resume)
     if iterations < 1 or batch_size < 1:
         raise ValueError(
             f"iterations and batch_size are 1 or more, found {iterations} and {batch_size}"
@@ -226,7 +227,7 @@ def _load(file: Path, problem: str, factors: int) -> _State:
 
 
 def _dot(a: Weights, b: Weights) -> float:
-    return sum(float(jnp.vdot(x, y)) for x, y in zip(a, b, strict=True))
+    return sum(float(jnp.sum(x * y)) for x, y in zip(a, b, strict=True))
 
 
 def _conjugate(downhill: Weights, refits: Weights, before: tuple[Weights, Weights, Weights]):

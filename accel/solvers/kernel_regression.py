@@ -26,8 +26,8 @@ from accel.solvers.linear_algebra import contract
 RIDGES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
 # Taken where there are too few images to set some aside for choosing.
 CAUTIOUS_RIDGE = 1.0
-# Variances below this part of the mean one count as that much: an input that never varied is left
-# alone by the prior all the same.
+# Variances below this part of the mean one count as that much: an input that hardly varied here may
+# vary more on other images, where a coefficient without a prior would do any harm.
 LEAST_VARIANCE = 1e-6
 CHUNK = 4096
 

@@ -23,8 +23,9 @@ from jaxtyping import Array, Float
 from accel.solvers.alternating import relu_z_step
 from accel.solvers.linear_algebra import contract
 
-# Directions of u that hold less than this part of the largest one's energy are left out: u comes in
-# float32, which knows its directions to 1e-7, their energies to the square of it and to rounding.
+# Directions of u, each of its values scaled to energy 1, that hold less than this part of the
+# largest one's energy are left out: u comes in float32, which knows its directions to 1e-7, their
+# energies to the square of it and to rounding.
 LEAST_ENERGY = 1e-8
 
 
@@ -96,9 +97,13 @@ def _fit(inputs, targets, prior, rank, whiten, unwhiten, penalties):
     dtype = prior.moments.dtype
     n, d = targets.shape
     moments = contract("nk,nl->kl", inputs, inputs).astype(dtype) / n + prior.moments
-    energies, directions = jnp.linalg.eigh(moments)
+    # In units of its own each input counts as a direction, however small it is beside the others.
+    sizes = jnp.diag(moments)
+    units = jax.lax.rsqrt(jnp.where(sizes > 0, sizes, 1))
+    energies, directions = jnp.linalg.eigh(moments * units * units[:, None])
     least = max(LEAST_ENERGY, 16 * len(energies) * float(jnp.finfo(dtype).eps))
     kept = energies > least * energies[-1]
+    directions = units[:, None] * directions
     transform = directions * jnp.where(kept, jax.lax.rsqrt(jnp.where(kept, energies, 1)), 0)
     # Rows and penalty together are the identity in these coordinates: regression is a product.
     rows = contract("nk,kl->nl", inputs, transform.astype(jnp.float32))

@@ -213,7 +213,8 @@ class WholeNetwork(Table):
             save_model(model_folder, result.model, self.experiment.model, result.plan)
             # Last: where the line is, the model is there.
             write_whole(line_file, json.dumps(plain))
-        plain, model = json.loads(line_file.read_text()), load_model(model_folder)
+        plain = json.loads(line_file.read_text())
+        model = load_model(model_folder, self.experiment.model.build)
         for stage in missing:
             if stage == PLAIN:
                 yield self._evaluated(plain, start, model, progress)

@@ -36,12 +36,16 @@ def load(path: str | os.PathLike[str], spec: ModelSpec) -> VGG:
             if a tensor is missing, superfluous, of another shape, not of a floating type, or not
             finite in float32. The message names the file, the tensor, what was expected and what
             was found.
-        ValueError: If ``spec`` cannot be built.
+        ValueError: If ``spec`` cannot be built, or is of no VGG.
     """
     path = Path(path)
     # Nothing is drawn: the shapes alone make the network, and the weights are put in place of them.
     model = nnx.eval_shape(spec.build)
-    assert isinstance(model, VGG)
+    if not isinstance(model, VGG):
+        raise ValueError(
+            f"{path}: files of weights are read for VGGs; weights of {spec.name} have to be in a"
+            " folder that accel.save_model(folder, model, spec) wrote"
+        )
     graphdef, parameters, _ = nnx.split(model, (nnx.Param, nnx.BatchStat), ...)
     # The keys of dropout, which need values. XLA leaves out the parameters, which nothing uses.
     random_state = jax.jit(lambda: nnx.state(spec.build(), nnx.RngState))()

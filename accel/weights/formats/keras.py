@@ -37,7 +37,7 @@ def read(path: Path) -> dict[str, np.ndarray]:
     Raises:
         WeightError: If h5py is not installed or the file is not one of Keras.
     """
-    h5py = require("h5py", extra="keras", path=path)
+    h5py = require("h5py", path=path)
     with h5py.File(path, "r") as file:
         layer_groups = file.get("model_weights", file)
         if "layer_names" in layer_groups.attrs:

@@ -61,7 +61,7 @@ def read(path: Path) -> dict[str, np.ndarray]:
             VGG's shape: a node other than ``Conv``, ``MaxPool``, ``Relu`` and ``Transpose``, or
             other strides, paddings, dilations, groups or pooling windows.
     """
-    onnx = require("onnx", extra="onnx", path=path)
+    onnx = require("onnx", path=path)
     graph = onnx.load(path).graph
     stored = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer}
     nodes = [

@@ -20,7 +20,7 @@ def read(path: Path) -> dict[str, np.ndarray]:
         WeightError: If PyTorch is not installed, its loader refuses the file, or the content is not
             a dictionary of tensors.
     """
-    torch = require("torch", extra="torch", path=path)
+    torch = require("torch", path=path)
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
