@@ -15,7 +15,8 @@ Calibration, without labels, is on 3,000 training images that the probe was neit
 chosen by: those before the last 3,000, which ``train_linear_probe.py`` holds back.
 
 With 4× fewer MACs top-1 is 0.8745, the original's 0.8759: measured by the table of all methods,
-whose command and figures are in results/README.md; some 15 minutes for this one on two slow CPU cores.
+whose command and figures are in results/README.md; some 15 minutes for this one on two slow
+CPU cores.
 """
 
 from accel.data.settings import IdxImages
