@@ -8,7 +8,6 @@ fine-tunes its accelerated networks for 5 epochs at a learning rate of 1e-5 in b
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import math
 import time
 from collections.abc import Iterator, Mapping
@@ -38,9 +37,7 @@ from accel.training_step import (
     gradient_rule,
     training_step,
 )
-
-# As many images stand for all of them where a checkpoint is compared with the run at hand.
-SAMPLED_IMAGES = 64
+from accel.traits import traits_of_images, traits_of_network
 
 
 @dataclasses.dataclass(frozen=True)
@@ -226,9 +223,9 @@ def finetune(
             "augmentation": _augmentation_name(augmentation),
             "precision": precision,
             "seed": seed,
-            "images": _traits_of_images(images),
+            "images": traits_of_images(images),
             "evaluation_images": None if evaluation is None else len(evaluation),
-            "network": _traits_of_network(network),
+            "network": traits_of_network(network),
         }
         checkpoints = TrainingCheckpoints(resume, settings)
     with checkpoints or nullcontext():
@@ -355,26 +352,3 @@ def _augmentation_name(augmentation: Augmentation | None) -> str | None:
     if dataclasses.is_dataclass(augmentation):
         return repr(augmentation)
     return getattr(augmentation, "__qualname__", type(augmentation).__qualname__)
-
-
-def _traits_of_images(images: PixelSource) -> dict[str, Any]:
-    """What tells images from others; of the pixels and labels a sample, so that it is quick."""
-    count = min(len(images), SAMPLED_IMAGES)
-    pixels, labels = images.take(np.linspace(0, len(images) - 1, count).astype(int))
-    digest = hashlib.sha256(np.ascontiguousarray(pixels).data)
-    digest.update(repr(None if labels is None else labels.tolist()).encode())
-    return {
-        "count": len(images),
-        "shape": images.image_shape,
-        "preprocessing": images.preprocessing,
-        "digest": digest.hexdigest(),
-    }
-
-
-def _traits_of_network(network: nnx.Module) -> dict[str, Any]:
-    """What tells a network from others: its arrays, by shape and type and all their values."""
-    arrays, digest = {}, hashlib.sha256()
-    for path, variable in nnx.to_flat_state(nnx.state(network, nnx.Not(nnx.RngState))):
-        arrays[path_name(path)] = f"{variable.dtype}{list(variable.shape)}"
-        digest.update(np.asarray(variable[...]).tobytes())
-    return {"type": type(network).__name__, "arrays": arrays, "weights": digest.hexdigest()}

@@ -584,3 +584,22 @@ def test_components_by_hand():
     shares = (0.4, 0.5, 0.6, 0.8, 0.81, 1.0)
     assert [components_of(spectrum, share) for share in shares] == [1, 1, 2, 2, 3, 3]
     assert components_of(np.zeros(3), 0.9) == 1
+
+
+def test_weights_and_images_of_the_same_name_are_told_apart(tmp_path):
+    table = config("layer_energies").smoke()
+    networks_of = []
+    for seed in (0, 1):
+        folder = tmp_path / str(seed) / "model"
+        spec = table.experiment.model
+        accel.save_model(folder, accel.reinitialized(spec.build(), seed), spec)
+        experiment = dataclasses.replace(table.experiment, weights=folder)
+        networks_of.append(dataclasses.replace(table, experiment=experiment))
+    first, second = networks_of
+    make_table(first, tmp_path / "out", "", Progress())
+    seeds = {"seeds": (1,)}
+    with pytest.raises(FileExistsError, match="holds results of other weights of that name"):
+        make_table(dataclasses.replace(second, **seeds), tmp_path / "out", "", Progress())
+    assert len(raw_lines(tmp_path / "out")) == 1
+    make_table(dataclasses.replace(first, **seeds), tmp_path / "out", "", Progress())
+    assert len(raw_lines(tmp_path / "out")) == 2

@@ -126,7 +126,7 @@ def refit(
     )
     fitting = checked_fitting(source, fitting, seed)
     batch_size = min(batch_size, int(fitting.sum()))
-    task = _Task(original, accelerated, source, fitting, batch_size)
+    task = _Task(original, accelerated, source, fitting, batch_size, progress)
 
     file = None if resume is None else resume / "second_sweep.msgpack"
     problem = "" if file is None else task.problem((iterations, seed), fitting)
@@ -254,6 +254,7 @@ class _Task:
         source: ImageSource,
         fitting: np.ndarray,
         batch_size: int,
+        progress: Progress,
     ):
         self.batch_size = batch_size
         images = np.concatenate(list(full_batches(source, batch_size)))[: len(source)]
@@ -290,13 +291,16 @@ class _Task:
         jitted = jax.jit(forward)
 
         def answers(images: np.ndarray) -> np.ndarray:
-            batches = full_batches(ArraySource(images), batch_size)
-            found = [np.asarray(jitted(state, batch), np.float32) for batch in batches]
+            found = []
+            for batch in full_batches(ArraySource(images), batch_size):
+                found.append(np.asarray(jitted(state, batch), np.float32))
+                progress.advance(batch_size)
             answered = np.concatenate(found)[: len(images)]
             finite = np.isfinite(answered).reshape(len(answered), -1)
             check_finite(np.asarray(finite.all(1)), 0, type(original).__name__)
             return answered
 
+        progress.begin("the original's outputs", len(images))
         self.fitted_answers, self.held_out_answers = answers(self.fitted), answers(self.held_out)
         self.energy, self.held_out_energy = (
             float(np.sum(np.square(a), dtype=np.float64))

@@ -39,6 +39,7 @@ from accel.finetuning_experiment import Finetuning
 from accel.progress import Progress
 from accel.report.environment import device_name, versions
 from accel.tables.times import Line, add_times, lacking_times
+from accel.traits import traits_of_network
 
 Cell = tuple[Any, ...]
 TableKind = TypeVar("TableKind", bound="Table")
@@ -210,6 +211,8 @@ def make_table(table: Table, out: Path, command: str, progress: Progress) -> str
         original = table.experiment.load_model()
         images = table.experiment.limited(table.experiment.calibration)
         table.check(original, images)
+        if wanted:
+            _check_contents(table, original, images, record, out)
         out.mkdir(parents=True, exist_ok=True)
         write_whole(out / "experiment.json", json.dumps(record, indent=2) + "\n")
         environment = _record_environment(out / "environment.json", command)
@@ -271,6 +274,29 @@ def folder_record(table: Table, out: Path) -> dict[str, Any]:
             f"{out} is not empty and has no {recorded.name}; choose another --out"
         )
     return asked
+
+
+def _check_contents(
+    table: Table, original: nnx.Module, images: PixelSource, record: dict[str, Any], out: Path
+) -> None:
+    """Adds to the record what tells weights and images from others of the same name.
+
+    Raises:
+        FileExistsError: If the folder's are others.
+    """
+    evaluation = table.experiment.limited(table.experiment.evaluation)
+    contents = {
+        "weights": traits_of_network(original)["weights"],
+        # Pixels may come out of a file one step brighter with another version of its reader.
+        "calibration images": len(images),
+        "evaluation images": len(evaluation),
+    }
+    # Earlier versions recorded names alone.
+    before = record.setdefault("contents", contents)
+    if others := [name for name in contents if before[name] != contents[name]]:
+        raise FileExistsError(
+            f"{out} holds results of other {others[0]} of that name; choose another --out"
+        )
 
 
 def read_lines(out: Path) -> list[Line]:
