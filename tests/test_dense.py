@@ -175,7 +175,7 @@ def test_convolutions_and_dense_layers_meet_budgets_of_their_own(tmp_path):
         assert layers[path].macs_accelerated == rank * (c + d)
         assert layers[path].response_error < 0.2
     assert isinstance(result.model.conv1, FactorizedConv)
-    assert layers["fc8"].reason == "cheaper as it is"
+    assert layers["fc8"].reason == "kept by the rank selection"
     assert sum(layers[f"fc{i}"].macs_accelerated for i in (6, 7, 8)) == macs["dense_accelerated"]
     assert json.loads(result.report.to_json())["macs"] == macs
     titles = [column.header for column in summary(result.report).renderables[0].columns]
