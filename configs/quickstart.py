@@ -2,7 +2,8 @@
 
     accel run configs/quickstart.py
 
-Needs no download; one to two minutes on two cores. Measured figures are in the README's first table.
+Needs no download; one to two minutes on two cores. Measured figures are in the README's first
+table.
 """
 
 from accel.data.settings import BundledImages
