@@ -91,7 +91,7 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_result(tmp_path):
     outputs = [np.asarray(f.model(jnp.asarray(IMAGES[:3]))) for f in (resumed, whole)]
     np.testing.assert_array_equal(*outputs)
     # Nor is anything that has ended.
-    stop = StopsIn("")
+    stop = StopsIn("what the outputs hang on")
     again = refit(model, given, IMAGES, **options, resume=tmp_path, progress=stop)
     assert again.history == whole.history
     fitting = np.arange(len(IMAGES)) < 40
@@ -114,7 +114,7 @@ def test_a_sweep_that_no_step_helps_ends_as_it_was_and_is_not_tried_again(tmp_pa
     found = refit(given, given, IMAGES, batch_size=BATCH, resume=tmp_path)
     assert found.history == (0.0,)
     assert found.steps == ()
-    stop = StopsIn("")
+    stop = StopsIn("what the outputs hang on")
     assert refit(given, given, IMAGES, batch_size=BATCH, resume=tmp_path, progress=stop).steps == ()
 
 
