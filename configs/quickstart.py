@@ -2,7 +2,7 @@
 
     accel run configs/quickstart.py
 
-Needs no download; one to two minutes on two cores. Measured figures are in the README's first
+Needs no download; one to four minutes on two cores. Measured figures are in the README's first
 table.
 """
 
