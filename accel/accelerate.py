@@ -414,12 +414,12 @@ def solve_layer(problem: LayerProblem, reconstruction: str, path: str) -> Split:
     """The factors of one layer; what cannot be solved is told with the layer's path."""
     try:
         split = RECONSTRUCTIONS[reconstruction](problem)
-        for name, factor in split._asdict().items():
-            if factor is not None and not np.isfinite(factor).all():
-                raise FloatingPointError(f"the chain's {name} came out with NaN or Inf")
-        return split
     except (ValueError, FloatingPointError) as error:
         raise type(error)(f"{path}: {error}") from error
+    for name, factor in split._asdict().items():
+        if factor is not None and not np.isfinite(factor).all():
+            raise FloatingPointError(f"{path}: the chain's {name} came out with NaN or Inf")
+    return split
 
 
 def held_out_error(

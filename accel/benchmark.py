@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from accel.checkpoint import builder, load_model, saved_plan, saved_spec
+from accel.checkpoint import known_spec, load_model, saved_plan
 from accel.cost import count_conv_macs
 from accel.device_times import layer_seconds
 from accel.evaluation.forward import check_dtype, in_dtype
@@ -181,8 +181,7 @@ def benchmark(
     if not out.parent.is_dir():
         raise ValueError(f"{out.parent} is no folder to write {out.name} to")
     model_folder = folder / "model"
-    spec, plan = saved_spec(model_folder), saved_plan(model_folder)
-    build, name = builder(model_folder, spec), str(spec and spec.name)
+    spec, plan = known_spec(model_folder), saved_plan(model_folder)
     if plan is None or not plan.layers:
         raise ValueError(f"{model_folder} holds no accelerated network")
     report = folder / "report.json"
@@ -193,8 +192,8 @@ def benchmark(
     shape = _image_shape(folder, recorded, image_shape)
     image = jax.ShapeDtypeStruct((1, *shape), np.float32)
     # Of the abstract network, so that a shape which does not fit shows before weights are read.
-    macs_original = count_conv_macs(nnx.eval_shape(build), image)
-    original = with_any_weights(build())
+    macs_original = count_conv_macs(nnx.eval_shape(spec.build), image)
+    original = with_any_weights(spec.build())
     accelerated = load_model(model_folder)
     macs_accelerated = count_conv_macs(accelerated, image)
     total, left = sum(macs_original.values()), sum(macs_accelerated.values())
@@ -255,7 +254,7 @@ def benchmark(
             )
         )
     result = Benchmark(
-        model=name,
+        model=spec.name,
         device=device_name(),
         versions=versions(),
         command=command,

@@ -73,9 +73,8 @@ def load_model(folder: Path, build: Callable[[], nnx.Module] | None = None) -> n
         ValueError: If the folder is no model folder, or the network that is built does not fit it.
     """
     folder = Path(folder)
-    spec = saved_spec(folder)
-    if build is None:
-        build = builder(folder, spec)
+    saved_spec(folder)  # Whatever builds the network: what is no model folder shows now.
+    build = build or known_spec(folder).build
     plan = saved_plan(folder)
 
     def rebuild() -> nnx.Module:
@@ -102,20 +101,21 @@ def load_model(folder: Path, build: Callable[[], nnx.Module] | None = None) -> n
     return model
 
 
-def builder(folder: Path, spec: ModelSpec | None) -> Callable[[], nnx.Module]:
-    """What builds the original network of a model folder, where that can be left to the folder.
+def known_spec(folder: Path) -> ModelSpec:
+    """What the network in a model folder was built from, one of the networks of ``accel.models``.
 
-    A folder is data: it chooses among the networks of ``accel.models``, but no code to import.
+    A folder is data: it may choose among them, but name no code to be imported.
 
     Raises:
-        ValueError: If it cannot.
+        ValueError: If the folder is no model folder, or of another network.
     """
+    spec = saved_spec(folder)
     if spec is None:
         fault = "does not say how its original network is built"
     elif spec.name not in MODELS:
         fault = f"is of a network built by {spec.name}, code that is not run at a folder's word"
     else:
-        return spec.build
+        return spec
     raise ValueError(
         f"{folder} {fault}; call load_model(folder, build=…) with a function without arguments that"
         " builds the original network"

@@ -84,6 +84,7 @@ def test_a_users_network_has_a_name_that_a_folder_alone_does_not_have_imported(t
         ("residual", "unknown model 'residual'; known: vgg11"),
         ("no_module:residual", "model 'no_module:residual': No module named 'no_module'"),
         ("test_checkpoint:no_function", "has no attribute 'no_function'"),
+        (":residual", "model ':residual': Empty module name"),
     ],
 )
 def test_a_network_that_is_not_there_is_named(name, message):

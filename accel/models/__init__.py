@@ -62,7 +62,7 @@ def _own_builder(name: str) -> Callable[..., nnx.Module]:
     module, _, function = name.partition(":")
     try:
         return getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise ValueError(f"model {name!r}: {error}") from error
 
 

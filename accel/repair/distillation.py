@@ -350,7 +350,8 @@ class _Task:
         def loss_of(trained, given, taught, views):
             error, energy = squares(trained, given, taught, views).sum(axis=2)
             # What is zero in the whole batch (dead channels) has no relative error.
-            return jnp.sum(weights * (error / jnp.where(energy > 0, energy, 1)))
+            relative = error / jnp.where(energy > 0, energy, 1)
+            return jnp.sum(weights.astype(error.dtype) * relative)
 
         @jax.jit
         def step(trained, optimizer, given, taught, images, key):
