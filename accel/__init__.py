@@ -4,7 +4,7 @@
 ``finetune`` trains what it gave, or any other network, further on labelled images.
 """
 
-from accel.accelerate import Result, accelerate, reconstruct
+from accel.accelerate import accelerate
 from accel.benchmark import latency
 from accel.calibration import Calibration, calibrate
 from accel.checkpoint import load_model, save_model
@@ -16,8 +16,10 @@ from accel.images import ArraySource, ImageSource
 from accel.inference import Inference, compile_inference
 from accel.latency_budget import select_for_latency
 from accel.loss_budget import AllowedLoss, Probe, WithinLoss, search_within_loss
+from accel.measurements import measure_errors, measure_sensitivity
 from accel.memory import use_one_pool
 from accel.models import ModelSpec
+from accel.network_reconstruction import Result, reconstruct
 from accel.plan import AccelerationPlan, LayerPlan
 from accel.progress import ConsoleProgress, LineProgress, Progress
 from accel.reinitialize import reinitialized
@@ -25,8 +27,6 @@ from accel.repair import Distillation, Refitted, distill, refit
 from accel.report.console import summary
 from accel.report.report import LayerReport, Report
 from accel.selection import (
-    measure_errors,
-    measure_sensitivity,
     select_by_parameters,
     select_by_time,
     select_ranks,

@@ -90,6 +90,11 @@ class Calibration:
         """The largest rank that a rule can fix of every layer that can be replaced, by path."""
         return _widths(self.calls)
 
+    def of_kind(self, dense: bool) -> tuple[list[LayerCall], Mapping[str, int]]:
+        """The dense layers, or convolutions, that can be replaced, and MACs of all there are."""
+        calls = [call for call in self.calls if isinstance(call.layer, nnx.Linear) == dense]
+        return calls, self.dense_macs if dense else self.macs
+
 
 def decompositions_named(names: str | Sequence[str]) -> tuple[Decomposition, ...]:
     """The decompositions of these names.

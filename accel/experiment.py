@@ -17,7 +17,7 @@ from typing import Literal
 
 from flax import nnx
 
-from accel.accelerate import Result, accelerate
+from accel.accelerate import accelerate
 from accel.benchmark import latency
 from accel.calibration import ALL_KINDS
 from accel.checkpoint import load_model, save_model, saved_spec
@@ -27,6 +27,7 @@ from accel.evaluation import accuracy, compare_outputs
 from accel.evaluation.forward import check_dtype, in_dtype
 from accel.files import begin_folder
 from accel.models import ModelSpec
+from accel.network_reconstruction import Result
 from accel.progress import Progress
 from accel.rank_selection import Rules
 from accel.repair import Distillation, distill, refit

@@ -20,12 +20,13 @@ from accel.calibration import Calibration
 from accel.device_times import LayerTimes, measure_times
 from accel.error_curves import ErrorCurve
 from accel.inference import compile_inference
+from accel.measurements import measure_errors
 from accel.memory import kept_memory
 from accel.plan import AccelerationPlan
 from accel.program import specification
 from accel.progress import Progress
 from accel.rank_selection import Candidate, Rules, check_speedup
-from accel.selection import least_seconds, measure_errors, select_by_time
+from accel.selection import least_seconds, select_by_time
 from accel.time_correction import correct_times
 from accel.timed_plan import TimedPlan, sum_ms, time_plan
 

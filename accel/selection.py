@@ -15,21 +15,18 @@ import jax
 import numpy as np
 from flax import nnx
 
-from accel import error_curves
 from accel.calibration import Calibration
 from accel.decompositions import DECOMPOSITIONS, Decomposition
 from accel.device_times import LayerTimes
+from accel.energies import ranks_by_energy
 from accel.error_curves import ErrorCurve, rank_macs
-from accel.images import images_at, spread
+from accel.measurements import measure_errors
 from accel.plan import AccelerationPlan, LayerPlan
 from accel.program import LayerCall, named_layers
-from accel.progress import Progress
 from accel.rank_selection import (
     RANK_SELECTION,
     Candidate,
-    LayerChoices,
     LayerErrors,
-    RankProblem,
     Rules,
     apply_rules,
     budget_from_speedup,
@@ -37,67 +34,9 @@ from accel.rank_selection import (
     least_cost,
     measured_error,
 )
-from accel.sensitivity import Sensitivity, images_needed, sensitivity_matrices
-from accel.solvers import response_spectrum
 
 MEASURED_ERROR = "measured_error"
 NANOSECONDS = 1e9
-
-
-def measure_sensitivity(
-    calibration: Calibration, *, progress: Progress | None = None
-) -> dict[str, Sensitivity]:
-    """How the network's outputs hang on the responses of each layer (``accel.sensitivity``)."""
-    return sensitivity_matrices(
-        calibration.program,
-        calibration.calls,
-        _some_images(calibration, images_needed(calibration.calls, calibration.batch_size)),
-        batch_size=calibration.batch_size,
-        seed=calibration.seed,
-        progress=progress or Progress(),
-    )
-
-
-def measure_errors(
-    calibration: Calibration,
-    sensitivity: Mapping[str, Sensitivity] | None = None,
-    *,
-    progress: Progress | None = None,
-) -> dict[str, ErrorCurve]:
-    """Error and cost of every chain that could replace a layer, by path (``accel.error_curves``).
-
-    Measured on some of the images that are used for fitting; one set of curves serves any speedup.
-
-    Args:
-        calibration: From ``calibrate``.
-        sensitivity: From ``measure_sensitivity``, which is called where it is not given.
-        progress: As in ``accelerate``.
-    """
-    if sensitivity is None:
-        sensitivity = measure_sensitivity(calibration, progress=progress)
-    images = _some_images(calibration, error_curves.IMAGES)
-    if len(images) < 2:
-        raise ValueError(
-            f"measuring errors needs 2 images that are fitted to or more, found {len(images)}"
-        )
-    return error_curves.measure_error_curves(
-        calibration.program,
-        calibration.calls,
-        calibration.decompositions,
-        images,
-        {**calibration.macs, **calibration.dense_macs},
-        sensitivity,
-        batch_size=calibration.batch_size,
-        cache_bytes=calibration.cache_bytes,
-        seed=calibration.seed,
-        progress=progress or Progress(),
-    )
-
-
-def _some_images(calibration: Calibration, count: int) -> np.ndarray:
-    """That many of the images that are fitted to, spread over all of them."""
-    chosen = spread(np.flatnonzero(calibration.fitting), count)
-    return images_at(calibration.source, chosen, calibration.batch_size)
 
 
 def select_ranks(
@@ -130,7 +69,7 @@ def select_ranks(
     def choose(dense: bool, speedup: float) -> dict[str, Candidate | None]:
         if curves is not None and rank_selection == MEASURED_ERROR:
             return _by_measured_error(calibration, dense, speedup, rules or {}, curves)
-        return _by_energy(calibration, dense, speedup, rank_selection, rules or {})
+        return ranks_by_energy(calibration, dense, speedup, rank_selection, rules or {})
 
     chosen = choose(False, speedup)
     if dense_speedup is not None:
@@ -333,7 +272,7 @@ def _layer_errors(
     ``costs`` gives the costs of a layer's chains, and its own.
     """
     fixed = apply_rules(calibration.widths, rules)
-    calls, _ = _of_kind(calibration, dense)
+    calls, _ = calibration.of_kind(dense)
     layers = []
     for call in calls:
         chains, dense_cost = costs(call)
@@ -381,69 +320,6 @@ def _has_cheaper_chain(calibration: Calibration, path: str) -> bool:
     )
 
 
-def _of_kind(calibration: Calibration, dense: bool) -> tuple[list[LayerCall], Mapping[str, int]]:
-    """The dense layers, or the convolutions, that can be replaced, and MACs of all there are."""
-    calls = [call for call in calibration.calls if isinstance(call.layer, nnx.Linear) == dense]
-    return calls, calibration.dense_macs if dense else calibration.macs
-
-
-def _by_energy(
-    calibration: Calibration, dense: bool, speedup: float, rank_selection: str, rules: Rules
-) -> dict[str, Candidate | None]:
-    (decomposition,) = (kind for kind in calibration.decompositions if kind.dense == dense)
-    fixed = apply_rules(calibration.widths, rules)
-    calls, dense_macs = _of_kind(calibration, dense)
-    layers = []
-    for call in calls:
-        macs = rank_macs(call, decomposition)
-        layers.append(
-            LayerChoices(
-                path=call.path,
-                spectrum=_spectrum(calibration, call, decomposition, len(macs)),
-                dense_macs=dense_macs[call.path],
-                rank_macs=macs,
-                fixed=fixed[call.path],
-            )
-        )
-    total = sum(dense_macs.values())
-    problem = RankProblem(
-        layers=tuple(layers),
-        other_macs=total - sum(layer.dense_macs for layer in layers),
-        budget_macs=budget_from_speedup(total, speedup),
-    )
-    ranks = RANK_SELECTION[rank_selection](problem)
-    found: dict[str, Candidate | None] = {}
-    for call in calls:
-        rank = ranks[call.path]
-        found[call.path] = (
-            None
-            if rank is None
-            else Candidate(decomposition.name, decomposition.ranks(call.layer, rank))
-        )
-    return found
-
-
-def _spectrum(
-    calibration: Calibration, call: LayerCall, decomposition: Decomposition, length: int
-) -> np.ndarray:
-    """Energies of a layer's ranks: of its responses (the paper) where they are what is cut.
-
-    A chain without a last factor keeps all directions of the responses; what it cuts is the kernel.
-    Ranks beyond the width of the responses (of a spatial split) hold no energy of their own.
-    """
-    if decomposition.has_last:
-        targets = calibration.targets[call.path][calibration.fitting]
-        spectrum = np.asarray(response_spectrum(targets.reshape(-1, targets.shape[-1])), np.float64)
-    else:
-        structure = decomposition.structure(call.layer)
-        kernel = np.asarray(call.layer.kernel[...], np.float64).reshape(-1, structure.out_channels)
-        s = structure.middle_taps
-        unfolded = kernel[structure.order.reshape(-1)].reshape(s, -1, structure.out_channels)
-        unfolded = unfolded.transpose(1, 0, 2).reshape(unfolded.shape[1], -1)
-        spectrum = np.linalg.svd(unfolded, compute_uv=False) ** 2
-    return np.pad(spectrum, (0, max(0, length - len(spectrum))))[:length]
-
-
 def _by_measured_error(
     calibration: Calibration,
     dense: bool,
@@ -452,7 +328,7 @@ def _by_measured_error(
     curves: Mapping[str, ErrorCurve],
 ) -> dict[str, Candidate | None]:
     layers = _layer_errors(calibration, curves, rules, _macs_of(calibration, curves), dense=dense)
-    total = sum(_of_kind(calibration, dense)[1].values())
+    total = sum(calibration.of_kind(dense)[1].values())
     other = total - sum(layer.dense_cost for layer in layers)
     return measured_error(layers, other, budget_from_speedup(total, speedup))
 

@@ -23,7 +23,6 @@ from typing import Annotated, Any
 import numpy as np
 import tyro
 
-from accel.accelerate import reconstruct
 from accel.calibration import Calibration, calibrate
 from accel.configuration import load_config
 from accel.device_times import LayerTimes, measure_times
@@ -32,16 +31,14 @@ from accel.experiment import Experiment
 from accel.files import write_whole
 from accel.inference import compile_inference
 from accel.latency_budget import select_for_latency
+from accel.measurements import measure_errors, measure_sensitivity
 from accel.memory import kept_memory, use_one_pool
+from accel.network_reconstruction import reconstruct
 from accel.plan import AccelerationPlan
 from accel.program import specification
 from accel.progress import LineProgress
 from accel.report.environment import command_line, device_name, versions
-from accel.selection import (
-    measure_errors,
-    measure_sensitivity,
-    select_ranks,
-)
+from accel.selection import select_ranks
 from accel.time_correction import correct_times, random_plans
 from accel.timed_plan import TimedPlan, time_plan
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import sys
 from importlib.metadata import version
 from pathlib import Path
 
@@ -13,11 +12,11 @@ from flax import nnx
 from stopping import StopsIn
 
 import accel
-from accel.accelerate import solve_layer
 from accel.cli import main
 from accel.configuration import load_config
 from accel.data.settings import BundledImages, FolderImages, IdxImages
 from accel.experiment import BUNDLED
+from accel.network_reconstruction import solve_layer
 from accel.progress import Progress
 from accel.rewrite import FactorizedConv
 from accel.tables import Table, make_table
@@ -234,8 +233,7 @@ def test_solved_layers_of_a_network_that_was_not_finished_are_taken_over(
         solved.append(path)
         return solve_layer(problem, reconstruction, path)
 
-    # ``accel.accelerate`` is the function of that name.
-    monkeypatch.setattr(sys.modules["accel.accelerate"], "solve_layer", solve)
+    monkeypatch.setattr("accel.network_reconstruction.solve_layer", solve)
     make_table(table, whole, "command", Progress())
     every = list(solved)
     assert len(every) == 6

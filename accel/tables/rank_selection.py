@@ -15,8 +15,8 @@ from typing import ClassVar, final
 
 from flax import nnx
 
-from accel.accelerate import reconstruct
 from accel.data import PixelSource
+from accel.network_reconstruction import reconstruct
 from accel.progress import Progress
 from accel.rank_selection import check_speedup
 from accel.selection import select_ranks

@@ -22,15 +22,15 @@ from typing import ClassVar, final
 import numpy as np
 from flax import nnx
 
-from accel.accelerate import (
+from accel.calibration import Calibration
+from accel.data import PixelSource
+from accel.network_reconstruction import (
     held_out_error,
     layer_problem,
     reconstruct,
     solve_layer,
     solver_named,
 )
-from accel.calibration import Calibration
-from accel.data import PixelSource
 from accel.plan import LayerPlan
 from accel.program import LayerCall, named_layers
 from accel.progress import Progress

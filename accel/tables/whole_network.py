@@ -30,7 +30,6 @@ from typing import ClassVar, final
 import jax
 from flax import nnx
 
-from accel.accelerate import Result, reconstruct
 from accel.benchmark import REPEATS, check_measurement
 from accel.calibration import ALL_KINDS, Calibration
 from accel.checkpoint import load_model, save_model
@@ -40,12 +39,14 @@ from accel.evaluation.accuracy import output_classes
 from accel.evaluation.forward import forward_function, in_dtype, output_shape
 from accel.files import write_whole
 from accel.finetuning_experiment import Finetuning
+from accel.measurements import measure_errors, measure_sensitivity
+from accel.network_reconstruction import Result, reconstruct
 from accel.progress import Progress
 from accel.rank_selection import check_speedup
 from accel.reconstruction import JOINT
 from accel.reinitialize import reinitialized
 from accel.repair import Distillation, distill, refit
-from accel.selection import MEASURED_ERROR, measure_errors, measure_sensitivity, select_ranks
+from accel.selection import MEASURED_ERROR, select_ranks
 from accel.sensitivity import Sensitivity
 from accel.tables.grid import (
     Cell,
