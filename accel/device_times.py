@@ -38,7 +38,7 @@ from accel.progress import Progress
 from accel.rank_selection import Candidate
 from accel.report.environment import device_name, versions
 from accel.rewrite import chain_for
-from accel.solvers.base import Activation, activate
+from accel.solvers.activations import Activation, activate
 
 # A timed program runs a layer until this has passed, three times over; the least is taken, since
 # whatever else the machine does only adds.

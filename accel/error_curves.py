@@ -32,7 +32,8 @@ from accel.progress import Progress
 from accel.rank_selection import Candidate
 from accel.runs import AcceleratedRun, sample_positions
 from accel.sensitivity import Sensitivity, whitening
-from accel.solvers.base import Activation, activate, arithmetic, widest_dtype
+from accel.solvers.activations import Activation, activate
+from accel.solvers.base import arithmetic, widest_dtype
 from accel.solvers.kernel_regression import fit_kernel
 from accel.solvers.linear_algebra import contract
 

@@ -13,6 +13,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -31,6 +32,7 @@ from accel.runs import AcceleratedRun
 from accel.sensitivity import Sensitivity
 from accel.solution import SOLUTION_FORMAT, Solution, load_solution, save_solution
 from accel.solvers import SOLVERS, Alternating, ReducedRankRegression, Solver
+from accel.solvers.activations import activate
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,9 +74,6 @@ def reconstruct(
             holds from an earlier call with the same arguments are not solved again.
         progress: As in ``accelerate``.
     """
-    # Activations come and go in sizes that change from layer to layer, which leaves the allocator
-    # with gaps; a calibration and every call before would leave some more.
-    release_free_memory()
     progress = progress or Progress()
     resume = None if resume is None else Path(resume)
     solver = solver_named(solver)
@@ -108,6 +107,9 @@ def reconstruct(
         start = time.perf_counter()
         positions = calibration.positions[call.path]
         seen = run.patches(positions, progress.advance)
+        # Activations come and go in sizes that change from layer to layer, which leaves the
+        # allocator with gaps as large as what is alive: solving would take its memory beside them.
+        release_free_memory()
         # Symmetric: fitted to what the original network feeds the layer, whatever it will get.
         fitted = seen if asymmetric else original.patches(positions)
         responded = time.perf_counter()
@@ -207,7 +209,7 @@ def held_out_error(
     held_out = ~calibration.fitting
     structure = DECOMPOSITIONS[str(layer.decomposition)].structure(call.layer)
     given, wanted = (
-        np.maximum(responses, 0) if call.activation == "relu" else responses
+        np.asarray(activate(jnp.asarray(responses), call.activation))
         for responses in (
             split(structure, _rows(patches[held_out])),
             _rows(calibration.targets[call.path][held_out]),

@@ -12,7 +12,7 @@ import dataclasses
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.extend.core as jex
@@ -20,8 +20,9 @@ import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
+from accel.solvers.activations import ACTIVATIONS, IDENTITY, RELU, Activation
+
 Path = str
-Activation = Literal["relu", "identity"]
 Segment = Callable[[Sequence[jax.Array], Sequence[jax.Array]], list[jax.Array]]
 
 # Calls whose body may be written out in place without changing what is computed. A body inside
@@ -43,8 +44,8 @@ class LayerCall:
         output: What the layer returns.
         start: Index of the first equation of the call.
         stop: Index after the last equation of the call.
-        activation: ``"relu"`` where the output goes through a ReLU and nowhere else, otherwise
-            ``"identity"``.
+        activation: Its name, where the output goes through one of ``ACTIVATIONS`` and nowhere else,
+            otherwise ``"identity"``.
         activated: What the activation returns.
     """
 
@@ -315,7 +316,7 @@ def _find_calls(
             if expected.shape != specification(output).shape:
                 left_out[path] = "called under vmap with the batch axis not in front"
                 continue
-            activation, activated = _activation(jaxpr, output)
+            activation, activated = _activation(jaxpr, output, stop + 1)
             calls.append(
                 LayerCall(path, layer, given, output, start, stop + 1, activation, activated)
             )
@@ -323,12 +324,56 @@ def _find_calls(
     return tuple(calls), left_out
 
 
-def _activation(jaxpr: jex.Jaxpr, output: jex.Var) -> tuple[Activation, jex.Var]:
-    users = [eqn for eqn in jaxpr.eqns if any(v is output for v in eqn.invars)]
-    leaves = any(v is output for v in jaxpr.outvars)
-    if len(users) == 1 and not leaves and _is_relu(users[0]):
-        return "relu", users[0].outvars[0]
-    return "identity", output
+def _activation(jaxpr: jex.Jaxpr, output: jex.Var, stop: int) -> tuple[Activation, jex.Var]:
+    """The activation that an output goes through, if it is all that becomes of it, and its result.
+
+    Looked for in the equations that compute from the output alone, up to each after which nothing
+    else needs what lies between.
+    """
+    aval = specification(output)
+    known = _traced_activations(aval.shape, aval.dtype)
+    inside = {output}
+    region: list[jex.JaxprEqn] = []
+    for equation in jaxpr.eqns[stop:]:
+        given = _variables(equation.invars)
+        if not given or not inside.issuperset(given):
+            continue
+        region.append(equation)
+        inside.update(equation.outvars)
+        if len(region) > max(known):
+            break
+        if len(equation.outvars) != 1 or _leave(jaxpr, region, inside - {*equation.outvars}):
+            continue
+        (activated,) = equation.outvars
+        if len(region) == 1 and _is_relu(equation):
+            return RELU, activated
+        # Printed, variables are named by their order: what is equal was traced from the same code.
+        text = str(jaxpr.replace(constvars=[], invars=[output], outvars=[activated], eqns=region))
+        if (name := known.get(len(region), {}).get(text)) is not None:
+            return name, activated
+    return IDENTITY, output
+
+
+def _leave(jaxpr: jex.Jaxpr, region: Sequence[jex.JaxprEqn], variables: set[jex.Var]) -> bool:
+    """Whether anything but the region needs one of the variables."""
+    own = {id(equation) for equation in region}
+    others = (equation for equation in jaxpr.eqns if id(equation) not in own)
+    return any(
+        v in variables
+        for atoms in (jaxpr.outvars, *(equation.invars for equation in others))
+        for v in _variables(atoms)
+    )
+
+
+@cache
+def _traced_activations(shape: tuple[int, ...], dtype: Any) -> dict[int, dict[str, Activation]]:
+    """Names of activations by how many equations they take, and by these as text."""
+    found: dict[int, dict[str, Activation]] = {}
+    for name, function in ACTIVATIONS.items():
+        traced = jax.make_jaxpr(function)(jax.ShapeDtypeStruct(shape, dtype)).jaxpr
+        if traced.eqns:
+            found.setdefault(len(traced.eqns), {})[str(traced)] = name
+    return found
 
 
 def _is_relu(equation: jex.JaxprEqn) -> bool:

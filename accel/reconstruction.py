@@ -137,7 +137,8 @@ def joint(problem: LayerProblem) -> Split:
             problem.ranks[-1] if structure.has_last else None,
             whiten,
             unwhiten,
-            problem.solver.penalties if problem.activation == "relu" else (),
+            problem.solver.penalties,
+            problem.activation,
         )
     bias = ending.bias - mean @ ending.matrix
     return Split(start.first, start.middle @ ending.left, ending.right, bias).rounded()

@@ -41,6 +41,7 @@ class Problem:
                 self.whiten,
                 self.unwhiten,
                 penalties,
+                "relu",
             )
 
     def linear_loss(self, matrix: np.ndarray) -> float:
@@ -87,7 +88,7 @@ def test_units_of_the_inputs_do_not_matter(scale, dtype):
             identity = np.eye(OUT, dtype=dtype)
             prior = Prior(*(part.astype(dtype) for part in prior))
             return fit_ending(
-                inputs, problem.targets, prior, None, identity, identity, PENALTIES
+                inputs, problem.targets, prior, None, identity, identity, PENALTIES, "relu"
             ).matrix
 
     expected, found = fitted(problem.inputs, problem.prior), fitted(inputs, prior)

@@ -47,7 +47,7 @@ def test_layers_under_remat_jit_and_in_lists_are_found():
     ]
 
 
-def test_the_activation_is_relu_only_where_the_output_goes_through_it_alone():
+def test_there_is_an_activation_only_where_the_output_goes_through_it_alone():
     class Activations(nnx.Module):
         def __init__(self, rngs):
             for name in ("relu", "written_out", "leaky", "both", "last"):
@@ -64,7 +64,7 @@ def test_the_activation_is_relu_only_where_the_output_goes_through_it_alone():
     assert {call.path: call.activation for call in calls} == {
         "relu": "relu",
         "written_out": "relu",
-        "leaky": "identity",
+        "leaky": "leaky_relu",
         "both": "identity",
         "last": "identity",
     }

@@ -152,8 +152,8 @@ def test_what_does_not_fit_is_refused(name, targets):
         solver(Responses(targets, targets[:, 0]), 1)
     with pytest.raises(ValueError, match=r"inputs must be .* found int64\[150, 12\]"):
         solver(Responses(targets.astype(np.int64), targets), 1)
-    with pytest.raises(ValueError, match="'tanh'"):
-        solver(responses, 1, "tanh")
+    with pytest.raises(ValueError, match="'cosine'"):
+        solver(responses, 1, "cosine")
 
 
 def test_settings_and_shapes_of_single_solvers_are_checked(targets):

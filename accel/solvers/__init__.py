@@ -5,9 +5,9 @@ only. Whether the reconstruction is symmetric or asymmetric is decided by what i
 ``Responses.inputs``.
 """
 
+from accel.solvers.activations import ACTIVATIONS, Activation
 from accel.solvers.alternating import Alternating
 from accel.solvers.base import (
-    Activation,
     Factorization,
     ResponseError,
     Responses,
@@ -15,6 +15,7 @@ from accel.solvers.base import (
     SolverInfo,
     objective,
 )
+from accel.solvers.gradient import Gradient
 from accel.solvers.pca import PCA
 from accel.solvers.reduced_rank_regression import ReducedRankRegression
 from accel.solvers.spectrum import response_spectrum
@@ -23,14 +24,17 @@ SOLVERS: dict[str, type[Solver]] = {
     "pca": PCA,
     "reduced_rank_regression": ReducedRankRegression,
     "alternating": Alternating,
+    "gradient": Gradient,
 }
 
 __all__ = [
+    "ACTIVATIONS",
     "PCA",
     "SOLVERS",
     "Activation",
     "Alternating",
     "Factorization",
+    "Gradient",
     "ReducedRankRegression",
     "ResponseError",
     "Responses",

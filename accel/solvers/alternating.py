@@ -1,8 +1,8 @@
 """Nonlinear reconstruction: ``min_{M,b} Σ‖r(y) - r(M ŷ + b)‖²``, rank M ≤ r.
 
 Relaxed to ``min_{M,b,z} Σ‖r(y) - r(z)‖² + λ‖z - (M ŷ + b)‖²`` and solved by turns for z, which is
-elementwise and has a closed form for the ReLU, and for (M, b), which is reduced-rank regression of
-z on ŷ. Zhang et al., arXiv:1505.06798, section 3.2 (equations 6 to 9).
+elementwise (``z_step``; a closed form for the ReLU), and for (M, b), which is reduced-rank
+regression of z on ŷ. Zhang et al., arXiv:1505.06798, section 3.2 (equations 6 to 9).
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from accel.solvers.base import Activation, Factors, Solver
+from accel.solvers.activations import IDENTITY, Activation, activate, z_step
+from accel.solvers.base import Factors, Solver
 from accel.solvers.linear_algebra import (
     centre,
     contract,
@@ -24,26 +25,6 @@ from accel.solvers.linear_algebra import (
     whiten,
 )
 from accel.solvers.reduced_rank_regression import check_ridge, factors_of, shrinkage
-
-
-def relu_z_step(
-    linear: Float[Array, "n d"], activated: Float[Array, "n d"], penalty: Float[Array, ""]
-) -> Float[Array, "n d"]:
-    """Elementwise ``argmin_z (r(y) - r(z))² + λ (z - y')²`` for the ReLU.
-
-    The best z ≤ 0 is ``min(0, y')``, the best z ≥ 0 is ``max(0, (λ y' + r(y)) / (λ + 1))``; the
-    cheaper one is taken.
-
-    Args:
-        linear: y' = M ŷ + b.
-        activated: r(y) ≥ 0.
-        penalty: λ > 0.
-    """
-    inactive = jnp.minimum(0, linear)
-    active = jnp.maximum(0, (penalty * linear + activated) / (penalty + 1))
-    inactive_cost = jnp.square(activated) + penalty * jnp.square(inactive - linear)
-    active_cost = jnp.square(activated - active) + penalty * jnp.square(active - linear)
-    return jnp.where(inactive_cost < active_cost, inactive, active)
 
 
 class _Iterate(NamedTuple):
@@ -97,7 +78,7 @@ class Alternating(Solver):
         U = leading_left_singular_vectors(A * jnp.sqrt(shrink), rank)
         start = _Iterate(U, A, mean)
         linear = factors_of(*start[:2], shrink, whitening, mean)
-        if activation == "identity":
+        if activation == IDENTITY:
             return (linear,)
 
         # The passes over all rows are in float32 even where the rest is in float64: they are nearly
@@ -106,7 +87,8 @@ class Alternating(Solver):
         # is returned is measured, against the start, in the solver's dtype.
         rows = whitening.rows.astype(jnp.float32)
         row_sum = jnp.sum(whitening.rows, axis=0)
-        activated = jnp.maximum(targets, 0).astype(jnp.float32)
+        wanted = targets.astype(jnp.float32)
+        activated = activate(targets, activation).astype(jnp.float32)
 
         def linear_outputs(iterate: _Iterate) -> Float[Array, "n d"]:
             C = contract("er,dr,dk->ek", iterate.U, iterate.U, iterate.A * shrink)
@@ -115,7 +97,8 @@ class Alternating(Solver):
             )
 
         def true_objective(outputs: Float[Array, "n d"]) -> Float[Array, ""]:
-            return jnp.sum(jnp.square(activated - jnp.maximum(outputs, 0)).astype(targets.dtype))
+            errors = jnp.square(activated - activate(outputs, activation))
+            return jnp.sum(errors.astype(targets.dtype))
 
         def step(
             state: tuple[_Iterate, _Iterate, Float[Array, ""]], penalty: Float[Array, ""]
@@ -124,7 +107,7 @@ class Alternating(Solver):
             outputs = linear_outputs(current)
             best, least = _better(best, least, current, true_objective(outputs))
             # Relative to the targets' mean, so that a large one costs no digits of the covariance.
-            z = relu_z_step(outputs, activated, penalty) - mean.astype(jnp.float32)
+            z = z_step(outputs, wanted, activated, penalty, activation) - mean.astype(jnp.float32)
             z_mean = jnp.mean(z, axis=0, dtype=targets.dtype)
             A = contract("nd,nk->dk", z, rows).astype(targets.dtype) - jnp.outer(z_mean, row_sum)
             U = _leading_directions(A * jnp.sqrt(shrink), rank)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Literal, NamedTuple, cast, final
@@ -16,14 +16,8 @@ import scipy.linalg  # noqa: F401  XLA calls this OpenBLAS; only a loaded one ca
 from jaxtyping import Array, Float, Int
 from threadpoolctl import threadpool_limits
 
+from accel.solvers.activations import ACTIVATIONS, RELU, Activation, activate
 from accel.solvers.linear_algebra import contract
-
-Activation = Literal["relu", "identity"]
-
-
-def activate(rows: Float[Array, "n d"], activation: Activation) -> Float[Array, "n d"]:
-    """``r(rows)``."""
-    return jnp.maximum(rows, 0) if activation == "relu" else rows
 
 
 class Responses(NamedTuple):
@@ -43,7 +37,8 @@ class SolverInfo(NamedTuple):
     """Sums over the rows and channels that were fitted, for the factors as returned.
 
     Attributes:
-        objective: ``Σ‖r(y) - r(ŷ')‖²`` of the factorization.
+        objective: ``Σ‖r(y) - r(ŷ')‖²`` of the factorization, or its ``Solver.loss`` if that is
+            another.
         linear_objective: The same of the linear solution, from which a nonlinear solver starts.
         target_energy: ``Σ‖r(y)‖²``.
     """
@@ -117,14 +112,18 @@ class Solver(abc.ABC):
             rounding: Machine epsilon of the coarser of the inputs' own dtype and the solver's.
         """
 
+    def loss(self, wanted: Float[Array, "n d"], found: Float[Array, "n d"]) -> Float[Array, ""]:
+        """What candidates are compared by, of r(y) and r(ŷ'): the squared error."""
+        return squared_error(wanted, found)
+
     @final
     def __call__(
-        self, responses: Responses, rank: int, activation: Activation = "relu"
+        self, responses: Responses, rank: int, activation: Activation = RELU
     ) -> Factorization:
         """Solves for one layer and one rank.
 
-        Of its candidates, a solver returns the one with the least ``Σ‖r(y) - r(ŷ')‖²``, measured
-        on the factors after they have been rounded to the dtype they are returned in; so the
+        Of its candidates, a solver returns the one with the least ``loss``, measured on the factors
+        after they have been rounded to the dtype they are returned in; so the
         result is never worse than the linear solution.
 
         Args:
@@ -163,7 +162,7 @@ class Solver(abc.ABC):
 
 
 def objective(
-    responses: Responses, factorization: Factorization, activation: Activation = "relu"
+    responses: Responses, factorization: Factorization, activation: Activation = RELU
 ) -> ResponseError:
     """``Σ‖r(y) - r(ŷ')‖²`` with ``ŷ' = expand @ (reduce @ ŷ) + bias``, and ``Σ‖r(y)‖²``.
 
@@ -188,8 +187,8 @@ def objective(
         reduce = np.pad(reduce, ((0, missing), (0, 0)))
         expand = np.pad(expand, ((0, 0), (0, missing)))
         factors = Factors(*(jax.device_put(factor) for factor in (reduce, expand, bias)))
-        squared_error, energy = _objective(responses, factors, activation, dtype)
-        return ResponseError(float(squared_error), float(energy))
+        error, energy = _objective(responses, factors, activation, dtype, squared_error)
+        return ResponseError(float(error), float(energy))
 
 
 def widest_dtype() -> Literal["float32", "float64"]:
@@ -211,8 +210,8 @@ def arithmetic(dtype: str) -> Iterator[None]:
 
 def checked(responses: Responses, activation: Activation) -> Responses:
     """The responses as JAX arrays, after everything about them that can be wrong was looked at."""
-    if activation not in ("relu", "identity"):
-        raise ValueError(f"activation must be 'relu' or 'identity', found {activation!r}")
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"unknown activation {activation!r}; known: {', '.join(ACTIVATIONS)}")
     arrays = Responses(*(as_finite_rows(*item) for item in responses._asdict().items()))
     if arrays.inputs.shape[0] != arrays.targets.shape[0]:
         raise ValueError(
@@ -263,7 +262,9 @@ def _solve(
 
     def measured(found: Factors) -> tuple[Factors, Float[Array, ""], Float[Array, ""]]:
         factors = jax.tree.map(lambda factor: factor.astype(returned), found)
-        error, energy = _objective(Responses(inputs, targets), factors, activation, dtype)
+        error, energy = _objective(
+            Responses(inputs, targets), factors, activation, dtype, solver.loss
+        )
         return factors, error, energy
 
     linear, *refined = solver.candidates(inputs, targets, rank, activation, rounding)
@@ -277,15 +278,24 @@ def _solve(
     return best, (least, linear_error, energy)
 
 
-@partial(jax.jit, static_argnames=("activation", "dtype"))
+def squared_error(wanted: Float[Array, "n d"], found: Float[Array, "n d"]) -> Float[Array, ""]:
+    """``Σ‖wanted - found‖²``."""
+    return jnp.sum(jnp.square(wanted - found))
+
+
+@partial(jax.jit, static_argnames=("activation", "dtype", "loss"))
 def _objective(
-    responses: Responses, factors: Factors, activation: Activation, dtype: str
+    responses: Responses,
+    factors: Factors,
+    activation: Activation,
+    dtype: str,
+    loss: Callable[[Array, Array], Array],
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     inputs, targets = (rows.astype(dtype) for rows in cast(tuple[Array, Array], responses))
     reduce, expand, bias = (factor.astype(dtype) for factor in factors)
     outputs = contract("nr,dr->nd", contract("ni,ri->nr", inputs, reduce), expand) + bias
     wanted = activate(targets, activation)
     return (
-        jnp.sum(jnp.square(wanted - activate(outputs, activation))),
+        loss(wanted, activate(outputs, activation)),
         jnp.sum(jnp.square(wanted)),
     )

@@ -11,7 +11,8 @@ from typing import final
 
 from jaxtyping import Array, Float, Int
 
-from accel.solvers.base import Activation, Factors, Solver
+from accel.solvers.activations import Activation
+from accel.solvers.base import Factors, Solver
 from accel.solvers.linear_algebra import centre, contract, leading_columns, principal_directions
 
 

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from accel.solvers.alternating import relu_z_step
+from accel.solvers.activations import IDENTITY, Activation, activate, z_step
 from accel.solvers.linear_algebra import contract
 
 # Directions of u, each of its values scaled to energy 1, that hold less than this part of the
@@ -57,6 +57,7 @@ def fit_ending(
     whiten: Float[np.ndarray, "d d"],
     unwhiten: Float[np.ndarray, "d d"],
     penalties: Sequence[float],
+    activation: Activation,
 ) -> Ending:
     """M and b, in the arithmetic that is in scope (see the module's docstring).
 
@@ -68,12 +69,14 @@ def fit_ending(
         whiten: H.
         unwhiten: H⁻¹.
         penalties: λ of each turn; none for the linear solution, which every fit starts from.
+        activation: r; without one the linear solution is all there is.
 
     Returns:
         The iterate with the least objective, each channel weighed by the metric's diagonal.
     """
     ceiling = None if rank is None else np.int32(rank)
-    left, right, bias = _fit(inputs, targets, prior, ceiling, whiten, unwhiten, tuple(penalties))
+    turns = () if activation == IDENTITY else tuple(penalties)
+    left, right, bias = _fit(inputs, targets, prior, ceiling, whiten, unwhiten, turns, activation)
     left, bias = np.asarray(left), np.asarray(bias)
     if rank is None:
         return Ending(left, None, bias)
@@ -92,8 +95,8 @@ class _Iterate(NamedTuple):
         return self.left if self.right is None else contract("kr,rd->kd", self.left, self.right)
 
 
-@partial(jax.jit, static_argnames="penalties")
-def _fit(inputs, targets, prior, rank, whiten, unwhiten, penalties):
+@partial(jax.jit, static_argnames=("penalties", "activation"))
+def _fit(inputs, targets, prior, rank, whiten, unwhiten, penalties, activation):
     dtype = prior.moments.dtype
     n, d = targets.shape
     moments = contract("nk,nl->kl", inputs, inputs).astype(dtype) / n + prior.moments
@@ -109,7 +112,7 @@ def _fit(inputs, targets, prior, rank, whiten, unwhiten, penalties):
     rows = contract("nk,kl->nl", inputs, transform.astype(jnp.float32))
     penalty = contract("kl,km,mo->lo", transform, prior.moments, transform)
     pull = contract("kl,kd->ld", transform, prior.cross)
-    activated = jnp.maximum(targets, 0)
+    activated = activate(targets, activation)
     weights = jnp.sum(jnp.square(whiten), axis=0)
 
     def regression(z: Float[Array, "n d"]) -> _Iterate:
@@ -130,7 +133,7 @@ def _fit(inputs, targets, prior, rank, whiten, unwhiten, penalties):
 
     def objective(current: _Iterate, found: Float[Array, "n d"]) -> Float[Array, ""]:
         matrix = current.matrix
-        errors = jnp.mean(jnp.square(activated - jnp.maximum(found, 0)), axis=0)
+        errors = jnp.mean(jnp.square(activated - activate(found, activation)), axis=0)
         penalties = jnp.sum(matrix * (contract("kl,ld->kd", penalty, matrix) - 2 * pull), axis=0)
         return jnp.sum(weights * (errors.astype(dtype) + penalties))
 
@@ -138,7 +141,8 @@ def _fit(inputs, targets, prior, rank, whiten, unwhiten, penalties):
         current, best, least = state
         found = responses(current)
         best, least = _better(best, least, current, objective(current, found))
-        return (regression(relu_z_step(found, activated, strength)), best, least), None
+        z = z_step(found, targets, activated, strength, activation)
+        return (regression(z), best, least), None
 
     start = regression(targets)
     best = start

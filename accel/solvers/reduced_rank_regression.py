@@ -15,7 +15,8 @@ from typing import final
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from accel.solvers.base import Activation, Factors, Solver
+from accel.solvers.activations import Activation
+from accel.solvers.base import Factors, Solver
 from accel.solvers.linear_algebra import (
     Whitening,
     centre,

@@ -1,0 +1,107 @@
+"""Reconstruction by autodiff: ``min Σ ℓ(r(y), r(M ŷ + b))``, rank M ≤ r, for any r and ℓ.
+
+M = E L is minimised over its factors and b by L-BFGS, from reduced-rank regression. Where
+``Alternating`` relaxes the problem and takes closed forms, this one goes down the true objective,
+and needs nothing of activation and loss but their derivatives. It is not convex: after other
+roundings the descent may end elsewhere, a little better or worse.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import NamedTuple, cast
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int
+
+from accel.solvers.activations import Activation, activate
+from accel.solvers.base import Factors, Solver
+from accel.solvers.linear_algebra import (
+    centre,
+    contract,
+    leading_left_singular_vectors,
+    whiten,
+)
+
+# Iterations of which L-BFGS keeps the gradients.
+MEMORY = 10
+
+
+class _Parameters(NamedTuple):
+    """In whitened coordinates and units of the targets: ``y' = σ (√n Q Lᵀ Eᵀ + b)``."""
+
+    expand: Float[Array, "d d"]
+    reduce: Float[Array, "d k"]
+    bias: Float[Array, " d"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Gradient(Solver):
+    """Starts from reduced-rank regression; returned is the better one of start and end.
+
+    Another loss is a subclass with a ``loss`` of its own.
+
+    Attributes:
+        iterations: Of L-BFGS.
+    """
+
+    iterations: int = 50
+
+    def __post_init__(self) -> None:
+        if self.iterations < 1:
+            raise ValueError(f"iterations must be 1 or more, found {self.iterations}")
+
+    def candidates(
+        self,
+        inputs: Float[Array, "n d_in"],
+        targets: Float[Array, "n d"],
+        rank: Int[Array, ""],
+        activation: Activation,
+        rounding: float,
+    ) -> tuple[Factors, ...]:
+        whitening = whiten(inputs, rounding)
+        centred, mean = centre(targets)
+        A = contract("nd,nk->dk", centred, whitening.rows)
+        # Columns beyond the rank are zero, and so are the rows of L there: no gradient moves both.
+        U = leading_left_singular_vectors(A, rank)
+        # Of variance 1, so that L and b have the same curvature.
+        length = jnp.sqrt(jnp.asarray(len(targets), targets.dtype))
+        rows = length * whitening.rows
+        size = jnp.sqrt(jnp.mean(jnp.square(targets)))
+        unit = jnp.where(size > 0, size, 1)
+        start = _Parameters(U, contract("dr,dk->rk", U, A) / (unit * length), mean / unit)
+        wanted = activate(targets, activation)
+
+        def error(found: _Parameters) -> Float[Array, ""]:
+            inner = contract("nk,rk->nr", rows, found.reduce)
+            outputs = contract("nr,dr->nd", inner, found.expand) + found.bias
+            return self.loss(wanted, activate(unit * outputs, activation))
+
+        scale = error(start)
+        scale = jnp.where(scale > 0, scale, 1)
+
+        def objective(found: _Parameters) -> Float[Array, ""]:
+            return error(found) / scale
+
+        descent = optax.lbfgs(memory_size=MEMORY)
+        value_and_grad = optax.value_and_grad_from_state(objective)
+
+        def step(state: tuple[_Parameters, optax.OptState], _: None):
+            current, memory = state
+            value, gradient = value_and_grad(current, state=memory)
+            updates, memory = descent.update(
+                gradient, memory, current, value=value, grad=gradient, value_fn=objective
+            )
+            return (cast(_Parameters, optax.apply_updates(current, updates)), memory), None
+
+        (end, _), _ = jax.lax.scan(step, (start, descent.init(start)), length=self.iterations)
+
+        def factors(found: _Parameters) -> Factors:
+            reduce = length * contract("rk,ki->ri", found.reduce, whitening.transform)
+            bias = unit * found.bias
+            E = unit * found.expand
+            return Factors(reduce, E, bias - contract("dr,ri,i->d", E, reduce, whitening.mean))
+
+        return factors(start), factors(end)
