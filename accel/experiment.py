@@ -13,7 +13,7 @@ import time
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from flax import nnx
 
@@ -24,6 +24,7 @@ from accel.checkpoint import load_model, save_model, saved_spec
 from accel.data import PixelSource
 from accel.data.settings import Images
 from accel.evaluation import accuracy, compare_outputs
+from accel.evaluation.answers import Answers
 from accel.evaluation.forward import check_dtype, in_dtype
 from accel.files import begin_folder
 from accel.models import ModelSpec
@@ -35,6 +36,18 @@ from accel.selection import MEASURED_ERROR
 from accel.weights import load
 
 BUNDLED = "bundled"
+
+
+class Reference(NamedTuple):
+    """The original network on the evaluation images.
+
+    Attributes:
+        answers: Its outputs.
+        accuracy: Its accuracies; none where they are not asked for.
+    """
+
+    answers: Answers
+    accuracy: Mapping[str, float]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,44 +194,41 @@ class Experiment:
             progress=progress,
         )
 
-    def accuracy(
-        self, model: nnx.Module, progress: Progress, dtype: str | None = None
-    ) -> dict[str, float]:
-        """Accuracies of a network on the evaluation images; none where they were not asked for."""
-        if "accuracy" not in self.metrics:
-            return {}
-        images = self.limited(self.evaluation)
-        return accuracy(model, images, batch_size=self.batch_size, dtype=dtype, progress=progress)
+    def reference(self, original: nnx.Module, progress: Progress) -> Reference:
+        """What networks are held against: the original's answers, and its accuracies."""
+        answers = Answers(original, "original network")
+        return Reference(answers, self._accuracy(answers, progress))
 
     def evaluate(
-        self,
-        original: nnx.Module,
-        accelerated: nnx.Module,
-        before: Mapping[str, float],
-        progress: Progress,
+        self, reference: Reference, accelerated: nnx.Module, progress: Progress
     ) -> dict[str, dict[str, float]]:
         """The metrics of both networks on the evaluation images.
 
         Args:
-            original: The original network.
+            reference: Of the original network.
             accelerated: The accelerated network.
-            before: ``accuracy(original)``, so that many networks can be held against one.
             progress: Receives what is being done.
         """
-        images = self.limited(self.evaluation)
-        after = self.accuracy(accelerated, progress, self.inference_dtype)
+        answers = Answers(accelerated, "accelerated network", self.inference_dtype)
+        before, after = reference.accuracy, self._accuracy(answers, progress)
         found = {k: {"original": before[k], "accelerated": after[k]} for k in before}
         if "outputs" in self.metrics:
             compared = compare_outputs(
-                original,
-                accelerated,
-                images,
+                reference.answers,
+                answers,
+                self.limited(self.evaluation),
                 batch_size=self.batch_size,
-                dtype=self.inference_dtype,
                 progress=progress,
             )
             found |= {name: {"accelerated": value} for name, value in compared.items()}
         return found
+
+    def _accuracy(self, answers: Answers, progress: Progress) -> dict[str, float]:
+        """Accuracies on the evaluation images; none where they were not asked for."""
+        if "accuracy" not in self.metrics:
+            return {}
+        images = self.limited(self.evaluation)
+        return accuracy(answers, images, batch_size=self.batch_size, progress=progress)
 
     def limited(self, images: Images) -> PixelSource:
         """The images, no more than ``image_limit``."""
@@ -268,7 +278,7 @@ def run(experiment: Experiment, name: str, out: Path, progress: Progress) -> Res
     partial = begin_folder(to_json(experiment), out)
     progress.say(f"writing to {out}; if stopped, it goes on when called again with --out {out}")
     # Before the long work, so that labels which do not fit the network show at once.
-    before = experiment.accuracy(original, progress)
+    reference = experiment.reference(original, progress)
     before_seconds = time.perf_counter() - start
     result = experiment.accelerate(original, images, progress, resume=partial / "layers")
     if experiment.second_sweep:
@@ -277,7 +287,7 @@ def run(experiment: Experiment, name: str, out: Path, progress: Progress) -> Res
         result = _distilled(experiment, original, images, result, partial, progress)
     evaluation_start = time.perf_counter()
     progress.say("evaluating")
-    metrics = experiment.evaluate(original, result.model, before, progress)
+    metrics = experiment.evaluate(reference, result.model, progress)
     times = {}
     if experiment.latency_batches:
         progress.say("timing")

@@ -105,15 +105,14 @@ def main() -> int:
             )
         found["batches"][str(batch_size)] = row
         _write(asked.out, found)
-    before = experiment.accuracy(original, progress)
+    reference = experiment.reference(original, progress)
     for batch_size in asked.errors:
         row = found["batches"][str(batch_size)]
         for name, plan in plans[batch_size].items():
             progress.say(f"fitting the {name} plan for batch {batch_size}")
             result = reconstruct(calibration, plan, sensitivity=sensitivity)
-            row["equal_time"][name]["metrics"] = experiment.evaluate(
-                original, result.model, before, progress
-            )
+            metrics = experiment.evaluate(reference, result.model, progress)
+            row["equal_time"][name]["metrics"] = metrics
             _write(asked.out, found)
     print(markdown(found))
     return 0

@@ -11,6 +11,8 @@ from PIL import Image
 from accel.data import ArrayImages
 from accel.data.settings import FolderImages
 from accel.evaluation import accuracy, compare_outputs
+from accel.evaluation import answers as evaluation_answers
+from accel.evaluation.answers import Answers
 from accel.experiment import Experiment
 from accel.images import ArraySource
 from accel.models import ModelSpec
@@ -77,6 +79,34 @@ def test_a_network_that_answers_the_same_to_everything_is_at_chance():
     assert accuracy(Given(), source) == pytest.approx({"top1": 0.1, "top5": 0.5})
 
 
+@pytest.mark.parametrize(("kept_bytes", "runs"), [(2**20, 3), (5 * 5 * 4, 2 + 3 + 2), (0, 9)])
+def test_answers_are_computed_once_as_far_as_they_are_kept(monkeypatch, residual, kept_bytes, runs):
+    """12 images in batches of 5, with 5 outputs each: read for accuracy, then twice to compare."""
+    images = ArrayImages(np.asarray(networks.images(12)), "unchanged", np.arange(12) % 5)
+    other = networks.network("residual", seed=4)
+    expected = (
+        accuracy(residual, images, batch_size=5),
+        compare_outputs(residual, other, images, batch_size=5),
+        compare_outputs(residual, residual, images, batch_size=5),
+    )
+    ran = []
+
+    def counted(forward, state, batch):
+        ran.append(state is answers.state)
+        return run(forward, state, batch)
+
+    run = evaluation_answers._run
+    monkeypatch.setattr(evaluation_answers, "_run", counted)
+    answers = Answers(residual, kept_bytes=kept_bytes)
+    found = (
+        accuracy(answers, images, batch_size=5),
+        compare_outputs(answers, other, images, batch_size=5),
+        compare_outputs(answers, residual, images, batch_size=5),
+    )
+    assert found == expected
+    assert sum(ran) == runs
+
+
 @pytest.mark.parametrize(("classes", "metrics"), [(9, {"top1"}), (10, {"top1", "top5"})])
 def test_the_number_of_the_networks_outputs_decides_whether_there_is_a_top_5(
     tmp_path, classes, metrics
@@ -97,7 +127,7 @@ def test_the_number_of_the_networks_outputs_decides_whether_there_is_a_top_5(
     )
     assert evaluation.open().class_count is None
     experiment = Experiment(ModelSpec("vgg16"), None, evaluation, evaluation, metrics=("accuracy",))
-    assert experiment.accuracy(Network(), Progress()).keys() == metrics
+    assert experiment.reference(Network(), Progress()).accuracy.keys() == metrics
 
 
 def test_accuracy_runs_a_copy_in_evaluation_mode(residual):

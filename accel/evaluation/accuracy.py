@@ -3,20 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
 from accel.data.source import LabelledSource
-from accel.evaluation.forward import (
-    Forward,
-    check_finite,
-    forward_function,
-    output_shape,
-)
+from accel.evaluation.answers import Answers, answers_of, outputs
 from accel.images import padded
 from accel.progress import Progress
 
@@ -25,7 +17,7 @@ TOP_5_CLASSES = 10
 
 
 def accuracy(
-    model: nnx.Module,
+    model: nnx.Module | Answers,
     source: LabelledSource,
     *,
     top: Sequence[int] | None = None,
@@ -40,7 +32,8 @@ def accuracy(
     ``min(max((k - g)/e, 0), 1)``. A network that answers the same to everything gets k/classes.
 
     Args:
-        model: The network, called as ``model(images) -> [batch, classes]``; it is not changed.
+        model: The network, called as ``model(images) -> [batch, classes]``; it is not changed. Or
+            its ``Answers`` to the same images, whose type of outputs is settled.
         source: Images and labels.
         top: The k's; by default 1 and, from ten classes on, 5.
         batch_size: Images per batch.
@@ -54,8 +47,8 @@ def accuracy(
     if not images:
         raise ValueError("accuracy needs one image or more, found none")
     batch_size = min(batch_size, images)
-    forward, state = forward_function(model, dtype)
-    name = type(model).__name__
+    answers = answers_of(model, dtype=dtype)
+    name = answers.name
     progress = progress or Progress()
     progress.begin("measuring accuracy", images)
 
@@ -64,7 +57,7 @@ def accuracy(
     first = 0
     for batch, labels in source.labelled_batches(batch_size):
         if classes is None:
-            shape = output_shape(forward, state, padded(batch, batch_size), name)
+            shape = answers.shape(padded(batch, batch_size))
             classes = output_classes(shape, name, source)
             if top is None:
                 top = (1, 5) if classes >= TOP_5_CLASSES else (1,)
@@ -77,13 +70,9 @@ def accuracy(
                 f"label {labels[image]} of image {first + image} is none of {name}'s {classes}"
                 " classes"
             )
-        higher, equal, finite = (
-            np.asarray(values)[: len(batch)]
-            for values in _ranks(
-                forward, state, padded(batch, batch_size), padded(labels, batch_size)
-            )
-        )
-        check_finite(finite, first, name)
+        (logits,) = outputs([answers], first, batch, batch_size)
+        own = np.take_along_axis(logits, labels[:, None], axis=1)
+        higher, equal = (logits > own).sum(axis=1), (logits == own).sum(axis=1)
         first += len(batch)
         for k in correct:
             correct[k] += float(np.clip((k - higher) / equal, 0, 1).sum())
@@ -91,20 +80,6 @@ def accuracy(
     if first != images:
         raise ValueError(f"the image source has length {images} but gave {first} images")
     return {f"top{k}": count / images for k, count in correct.items()}
-
-
-@partial(jax.jit, static_argnums=0)
-def _ranks(
-    forward: Forward, state: nnx.State, images: jax.Array, labels: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """For each image: outputs above the class's own, as high as it, and whether all is well."""
-    logits = forward(state, images)
-    own = jnp.take_along_axis(logits, labels[:, None], axis=1)
-    return (
-        (logits > own).sum(axis=1),
-        (logits == own).sum(axis=1),
-        jnp.isfinite(logits).all(axis=1),
-    )
 
 
 def output_classes(shape: tuple[int, ...], name: str, source: LabelledSource) -> int:

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import jax
 import numpy as np
 from flax import nnx
 
-from accel.evaluation.forward import check_finite, forward_function, output_shape
+from accel.evaluation.answers import Answers, answers_of, outputs
 from accel.images import ImageSource, padded
 from accel.progress import Progress
 
 
 def compare_outputs(
-    original: nnx.Module,
-    accelerated: nnx.Module,
+    original: nnx.Module | Answers,
+    accelerated: nnx.Module | Answers,
     source: ImageSource,
     *,
     batch_size: int = 16,
@@ -31,8 +30,9 @@ def compare_outputs(
     All sums are taken in float64; no outputs are kept.
 
     Args:
-        original: The network that is the measure, called as ``original(images)``.
-        accelerated: The other; neither is changed.
+        original: The network that is the measure, called as ``original(images)``; or its
+            ``Answers`` to the same images.
+        accelerated: The other, likewise; neither is changed.
         source: Images, without labels.
         batch_size: Images per batch.
         dtype: What the other network computes in, such as ``bfloat16``; None for the types that it
@@ -47,36 +47,29 @@ def compare_outputs(
     if not images:
         raise ValueError("comparing outputs needs one image or more, found none")
     batch_size = min(batch_size, images)
-    networks = {
-        "original network": forward_function(original),
-        "accelerated network": forward_function(accelerated, dtype),
-    }
-    jitted = {name: jax.jit(forward) for name, (forward, _) in networks.items()}
-
+    networks = [
+        answers_of(original, "original network"),
+        answers_of(accelerated, "accelerated network", dtype),
+    ]
     progress = progress or Progress()
     progress.begin("comparing outputs", images)
     error = energy = cosines = agreed = 0.0
     shapes = None
     first = 0
     for images_of_batch in source.batches(batch_size):
-        batch = padded(np.asarray(images_of_batch), batch_size)
+        batch = np.asarray(images_of_batch)
         if shapes is None:
-            shapes = [output_shape(*network, batch, name) for name, network in networks.items()]
+            shapes = [network.shape(padded(batch, batch_size)) for network in networks]
             if shapes[0] != shapes[1]:
                 raise ValueError(
                     f"the original network's outputs have the shape {shapes[0]}, the accelerated"
                     f" network's {shapes[1]}"
                 )
-        # Both are started before either is waited for.
-        outputs = [jitted[name](state, batch) for name, (_, state) in networks.items()]
         f, g = (
-            np.asarray(output)[: len(images_of_batch)].reshape(len(images_of_batch), -1)
-            for output in outputs
+            output.reshape(len(batch), -1).astype(np.float64)
+            for output in outputs(networks, first, batch, batch_size)
         )
-        f, g = f.astype(np.float64), g.astype(np.float64)
-        for name, values in zip(networks, (f, g), strict=True):
-            check_finite(np.asarray(np.isfinite(values).all(axis=1)), first, name)
-        first += len(images_of_batch)
+        first += len(batch)
         f_norm, g_norm = np.linalg.norm(f, axis=1), np.linalg.norm(g, axis=1)
         norms = f_norm * g_norm
         nonzero = norms > 0
@@ -85,7 +78,7 @@ def compare_outputs(
         error += float(((f - g) ** 2).sum())
         energy += float((f**2).sum())
         agreed += int((f.argmax(axis=1) == g.argmax(axis=1)).sum())
-        progress.advance(len(images_of_batch))
+        progress.advance(len(batch))
     if first != images:
         raise ValueError(f"the image source has length {images} but gave {first} images")
     if energy == 0:

@@ -79,7 +79,7 @@ class RankSelection(Table):
         progress: Progress,
     ) -> Iterator[Line]:
         experiment = self.experiment
-        before = experiment.accuracy(original, progress)
+        reference = experiment.reference(original, progress)
         for seed, cells in itertools.groupby(wanted, key=lambda cell: cell[0]):
             calibration = self.calibrate(original, images, "channel", seed, progress)
             for _, speedup, ranks, solver, asymmetric in cells:
@@ -101,7 +101,7 @@ class RankSelection(Table):
                     "solver": solver,
                     "asymmetric": asymmetric,
                     "macs": dict(result.report.macs),
-                    "metrics": experiment.evaluate(original, result.model, before, progress),
+                    "metrics": experiment.evaluate(reference, result.model, progress),
                     "layers": [dataclasses.asdict(layer) for layer in result.report.layers],
                     "seconds": dict(result.report.seconds),
                     "memory": dict(result.report.memory),

@@ -37,6 +37,7 @@ from accel.data import PixelSource
 from accel.error_curves import ErrorCurve
 from accel.evaluation.accuracy import output_classes
 from accel.evaluation.forward import forward_function, in_dtype, output_shape
+from accel.experiment import Reference
 from accel.files import write_whole
 from accel.finetuning_experiment import Finetuning
 from accel.measurements import measure_errors, measure_sensitivity
@@ -160,7 +161,7 @@ class WholeNetwork(Table):
         unfinished: Path,
         progress: Progress,
     ) -> Iterator[Line]:
-        before = self.experiment.accuracy(original, progress)
+        reference = self.experiment.reference(original, progress)
         # Methods with the same decompositions follow each other: one calibration at a time is held.
         order = {kinds: i for i, kinds in enumerate(METHODS[m].decompositions for m in METHODS)}
         ordered = sorted(wanted, key=lambda c: (c[0], order[METHODS[c[1]].decompositions]))
@@ -181,7 +182,7 @@ class WholeNetwork(Table):
                 missing = [stage for *_, stage in cells]
                 folder = unfinished / _folder_name(seed, method, speedup)
                 yield from self._measure_one(
-                    _Start(original, images, before, seed, method, speedup),
+                    _Start(original, images, reference, seed, method, speedup),
                     missing,
                     calibration,
                     sensitivity,
@@ -315,7 +316,7 @@ class WholeNetwork(Table):
     def _evaluated(self, line: Line, start: _Start, model: nnx.Module, progress: Progress) -> Line:
         """The line with the metrics."""
         began = time.perf_counter()
-        metrics = self.experiment.evaluate(start.original, model, start.before, progress)
+        metrics = self.experiment.evaluate(start.reference, model, progress)
         seconds = {**line["seconds"], "evaluate": time.perf_counter() - began}
         return {**line, "metrics": metrics, "seconds": seconds}
 
@@ -364,7 +365,7 @@ class _Start:
 
     original: nnx.Module
     images: PixelSource
-    before: Mapping[str, float]
+    reference: Reference
     seed: int
     method: str
     speedup: float
