@@ -75,8 +75,8 @@ def accelerate(
         reconstruction: What is fitted to what (``RECONSTRUCTIONS``): ``weights`` approximates
             kernels and looks at no image, ``responses`` is the paper's, ``joint`` fits all factors.
         solver: How responses are fitted: a name of ``SOLVERS`` or a solver. ``joint`` has a fit of
-            its own and takes from ``alternating`` the turns through the nonlinearity, of which the
-            other, linear ones have none.
+            its own and takes from ``alternating`` the turns through the nonlinearity;
+            ``reduced_rank_regression`` has none, and it takes no others.
         asymmetric: Whether a layer is fitted to the inputs that it will get from the accelerated
             network, instead of those of the original.
         rank_selection: How ranks are chosen: ``measured_error``, or by energies

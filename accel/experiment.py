@@ -24,7 +24,7 @@ from accel.checkpoint import load_model, save_model, saved_spec
 from accel.data import PixelSource
 from accel.data.settings import Images
 from accel.evaluation import accuracy, compare_outputs
-from accel.evaluation.answers import Answers
+from accel.evaluation.answers import KEPT_BYTES, Answers
 from accel.evaluation.forward import check_dtype, in_dtype
 from accel.files import begin_folder
 from accel.models import ModelSpec
@@ -209,7 +209,9 @@ class Experiment:
             accelerated: The accelerated network.
             progress: Receives what is being done.
         """
-        answers = Answers(accelerated, "accelerated network", self.inference_dtype)
+        # Kept where they are looked at twice.
+        kept_bytes = KEPT_BYTES if len(self.metrics) > 1 else 0
+        answers = Answers(accelerated, "accelerated network", self.inference_dtype, kept_bytes)
         before, after = reference.accuracy, self._accuracy(answers, progress)
         found = {k: {"original": before[k], "accelerated": after[k]} for k in before}
         if "outputs" in self.metrics:

@@ -74,6 +74,7 @@ def reconstruct(
             holds from an earlier call with the same arguments are not solved again.
         progress: As in ``accelerate``.
     """
+    release_free_memory()  # What a calibration and calls before have left.
     progress = progress or Progress()
     resume = None if resume is None else Path(resume)
     solver = solver_named(solver)
@@ -107,11 +108,11 @@ def reconstruct(
         start = time.perf_counter()
         positions = calibration.positions[call.path]
         seen = run.patches(positions, progress.advance)
+        # Symmetric: fitted to what the original network feeds the layer, whatever it will get.
+        fitted = seen if asymmetric else original.patches(positions)
         # Activations come and go in sizes that change from layer to layer, which leaves the
         # allocator with gaps as large as what is alive: solving would take its memory beside them.
         release_free_memory()
-        # Symmetric: fitted to what the original network feeds the layer, whatever it will get.
-        fitted = seen if asymmetric else original.patches(positions)
         responded = time.perf_counter()
         metric = sensitivity[call.path] if sensitivity and reconstruction == JOINT else None
         settings = (SOLUTION_FORMAT, layer, reconstruction, solver, call.activation)

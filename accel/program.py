@@ -331,11 +331,12 @@ def _activation(jaxpr: jex.Jaxpr, output: jex.Var, stop: int) -> tuple[Activatio
     else needs what lies between.
     """
     aval = specification(output)
-    known = _traced_activations(aval.shape, aval.dtype)
+    known = _traced_activations(aval.shape, aval.dtype, jax.config.read("jax_enable_x64"))
     inside = {output}
     region: list[jex.JaxprEqn] = []
     for equation in jaxpr.eqns[stop:]:
-        given = _variables(equation.invars)
+        given = list(_variables(equation.invars))
+        # What is given nothing, such as a constant, is no part of it.
         if not given or not inside.issuperset(given):
             continue
         region.append(equation)
@@ -366,8 +367,14 @@ def _leave(jaxpr: jex.Jaxpr, region: Sequence[jex.JaxprEqn], variables: set[jex.
 
 
 @cache
-def _traced_activations(shape: tuple[int, ...], dtype: Any) -> dict[int, dict[str, Activation]]:
-    """Names of activations by how many equations they take, and by these as text."""
+def _traced_activations(
+    shape: tuple[int, ...], dtype: Any, x64: bool
+) -> dict[int, dict[str, Activation]]:
+    """Names of activations by how many equations they take, and by these as text.
+
+    ``x64`` is JAX's mode, which constants in them may hang on.
+    """
+    del x64
     found: dict[int, dict[str, Activation]] = {}
     for name, function in ACTIVATIONS.items():
         traced = jax.make_jaxpr(function)(jax.ShapeDtypeStruct(shape, dtype)).jaxpr

@@ -57,6 +57,7 @@ def squared_error(responses: Responses, factorization: Factorization, activation
     inputs, targets = (np.asarray(rows, np.float64) for rows in responses)
     reduce, expand, bias = (np.asarray(factor, np.float64) for factor in factorization[:3])
     outputs = inputs @ reduce.T @ expand.T + bias
+    assert activation in ("relu", "identity")
     if activation == "relu":
         targets, outputs = np.maximum(targets, 0), np.maximum(outputs, 0)
     return float(((targets - outputs) ** 2).sum())

@@ -14,8 +14,9 @@ import scipy.special
 from flax import nnx
 
 import accel
+from accel.batch_norm import fold_batch_norm
 from accel.program import trace
-from accel.solvers import ACTIVATIONS, Alternating, ReducedRankRegression
+from accel.solvers import ACTIVATIONS, Alternating, ReducedRankRegression, Responses
 from accel.solvers.activations import activate, z_step
 
 ORACLES = {
@@ -88,10 +89,11 @@ def test_a_network_that_calls_it_is_seen_to(name, dtype):
             self.last = nnx.Conv(4, 4, (1, 1), dtype=dtype, rngs=rngs)
 
         def __call__(self, x):
-            x = nnx.max_pool(CALLED[name](self.conv(x)), (2, 2))
+            x = nnx.max_pool(CALLED[name](self.norm(self.conv(x))), (2, 2))
             return self.last(x + CALLED[name](self.other(x)))
 
-    program = trace(Model(), networks.images(2))
+    folded = fold_batch_norm(Model(), {"norm": "conv"})
+    program = trace(folded, networks.images(2))
     assert [call.activation for call in program.calls] == [name, name, "identity"]
     for call in program.calls[:2]:
         assert call.activated is not call.output
@@ -143,6 +145,35 @@ def test_z_is_as_good_as_the_best_of_a_fine_grid_between_both_ends(name, penalty
     # Of 1,200 a few end in another valley; a turn lowers the sum.
     assert cost(linear).sum() - found.sum() >= 0.99 * (cost(linear).sum() - best.sum())
     assert cost(linear).sum() > 1.01 * best.sum()
+
+
+@pytest.mark.parametrize("name", ["relu", "gelu"])
+def test_constants_between_a_layer_and_its_activation_do_not_hide_it(name):
+    class Model(nnx.Module):
+        def __init__(self):
+            self.conv = nnx.Conv(3, 3, (3, 3), rngs=nnx.Rngs(0))
+
+        def __call__(self, x):
+            y = self.conv(x)
+            pooled = nnx.avg_pool(x, (3, 3), padding="SAME", count_include_pad=False)
+            shortcut = pooled + jnp.ones(x.shape[1:]) * jnp.arange(3)
+            return CALLED[name](y) + shortcut
+
+    (call,) = trace(Model(), networks.images(2)).calls
+    assert call.activation == name
+
+
+@pytest.mark.parametrize("name", ["leaky_relu", "silu", "gelu", "tanh"])
+def test_turns_go_below_the_linear_solution(name):
+    random = np.random.default_rng(1)
+    targets = random.standard_normal((300, 12)) @ random.standard_normal((12, 12))
+    inputs = targets + 0.5 * random.standard_normal(targets.shape)
+    found = Alternating()(Responses(inputs, targets), 4, name)
+    reduce, expand, bias = (np.asarray(factor) for factor in found[:3])
+    outputs = inputs @ reduce.T @ expand.T + bias
+    error = ((ORACLES[name](targets) - ORACLES[name](outputs)) ** 2).sum()
+    assert found.info.objective == pytest.approx(error, rel=1e-5)
+    assert error < 0.97 * found.info.linear_objective
 
 
 @pytest.mark.parametrize("name", ["silu", "exact_gelu"])

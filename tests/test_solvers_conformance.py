@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import jax
 import numpy as np
 import pytest
 from monitoring import compilations
@@ -39,6 +40,18 @@ def test_shapes_and_dtypes(name, rows_dtype, dtype, targets):
     expected = np.float64 if rows_dtype is np.float64 and dtype is None else np.float32
     assert {factor.dtype for factor in found[:3]} == {np.dtype(expected)}
     assert all(type(value) is float for value in found.info)
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+def test_float32_is_float32_whatever_jaxs_mode_is(name, targets):
+    rows = targets.astype(np.float32)
+    solver = SOLVERS[name](dtype="float32")
+    outside = solver(Responses(rows, rows), 5)
+    with jax.enable_x64(True):
+        inside = solver(Responses(rows, rows), 5)
+    for ours, theirs in zip(inside[:3], outside[:3], strict=True):
+        assert ours.dtype == np.float32
+        np.testing.assert_array_equal(np.asarray(ours), np.asarray(theirs))
 
 
 @pytest.mark.parametrize("name", SOLVERS)

@@ -27,7 +27,7 @@ def compare_outputs(
     - ``agreement``, where outputs are ``[batch, classes]``: the share of images whose highest
       output is of the same class.
 
-    All sums are taken in float64; no outputs are kept.
+    All sums are taken in float64.
 
     Args:
         original: The network that is the measure, called as ``original(images)``; or its

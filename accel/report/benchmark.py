@@ -51,7 +51,7 @@ class LayerBenchmark:
         ranks: Ranks of the chain.
         macs_original: Multiply-accumulates per image of the convolution.
         macs_accelerated: Multiply-accumulates per image of the chain.
-        original_ms: Milliseconds that the convolution takes for a batch, with the ReLU that
+        original_ms: Milliseconds that the convolution takes for a batch, with the activation that
             follows directly, if one does.
         accelerated_ms: Milliseconds that the chain takes, likewise; of a layer that was left as it
             was, those of the convolution.

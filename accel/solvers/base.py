@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import partial
 from typing import Literal, NamedTuple, cast, final
 
@@ -90,7 +90,7 @@ class Solver(abc.ABC):
 
     @property
     def penalties(self) -> tuple[float, ...]:
-        """λ of each turn of a fit through the activation; none for a linear solver."""
+        """λ of each turn of a fit by turns through the activation; none for any other solver."""
         return ()
 
     @abc.abstractmethod
@@ -123,8 +123,8 @@ class Solver(abc.ABC):
         """Solves for one layer and one rank.
 
         Of its candidates, a solver returns the one with the least ``loss``, measured on the factors
-        after they have been rounded to the dtype they are returned in; so the
-        result is never worse than the linear solution.
+        after they have been rounded to the dtype they are returned in; so the result is never worse
+        than the linear solution.
 
         Args:
             responses: At least two rows.
@@ -198,13 +198,12 @@ def widest_dtype() -> Literal["float32", "float64"]:
 
 @contextmanager
 def arithmetic(dtype: str) -> Iterator[None]:
-    """A scope in which arrays of ``dtype`` can be made, whatever JAX's x64 mode is outside.
+    """A scope whose arrays are of ``dtype``, whatever JAX's x64 mode is outside.
 
     LAPACK has one thread in it (XLA's own matrix products keep theirs): OpenBLAS' threads wait for
     each other in busy loops, which makes it several times slower where another process has a core.
     """
-    precision = jax.enable_x64(True) if dtype == "float64" else nullcontext()
-    with precision, threadpool_limits(1, user_api="blas"):
+    with jax.enable_x64(dtype == "float64"), threadpool_limits(1, user_api="blas"):
         yield
 
 

@@ -41,9 +41,10 @@ class _Parameters(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Gradient(Solver):
-    """Starts from reduced-rank regression; returned is the better one of start and end.
+    """Starts from reduced-rank regression; the best iterate is returned.
 
-    Another loss is a subclass with a ``loss`` of its own.
+    Another loss is a subclass with a ``loss`` of its own, a frozen dataclass like this one. Its
+    settings are fields: by them and by the class's name a run that is resumed tells solvers apart.
 
     Attributes:
         iterations: Of L-BFGS.
@@ -87,20 +88,27 @@ class Gradient(Solver):
         def objective(found: _Parameters) -> Float[Array, ""]:
             return error(found) / scale
 
-        # Compiles in half the time of the default search, and comes as far.
-        search = optax.scale_by_backtracking_linesearch(BACKTRACKS, store_grad=True)
+        # Compiles in half the time of the default search. Steps that rounding decides on are taken.
+        search = optax.scale_by_backtracking_linesearch(
+            BACKTRACKS, rtol=8 * float(jnp.finfo(targets.dtype).eps), store_grad=True
+        )
         descent = optax.lbfgs(memory_size=MEMORY, linesearch=search)
         value_and_grad = optax.value_and_grad_from_state(objective)
 
-        def step(state: tuple[_Parameters, optax.OptState], _: None):
-            current, memory = state
+        def step(state: tuple[_Parameters, optax.OptState, _Parameters, Array], _: None):
+            current, memory, best, least = state
             value, gradient = value_and_grad(current, state=memory)
+            best, least = _better(best, least, current, jnp.asarray(value))
             updates, memory = descent.update(
                 gradient, memory, current, value=value, grad=gradient, value_fn=objective
             )
-            return (cast(_Parameters, optax.apply_updates(current, updates)), memory), None
+            following = cast(_Parameters, optax.apply_updates(current, updates))
+            return (following, memory, best, least), None
 
-        (end, _), _ = jax.lax.scan(step, (start, descent.init(start)), length=self.iterations)
+        # The search may go uphill where the curvature is negative: what is lowest is returned.
+        begun = (start, descent.init(start), start, jnp.asarray(jnp.inf, targets.dtype))
+        (last, _, best, least), _ = jax.lax.scan(step, begun, length=self.iterations)
+        best, _ = _better(best, least, last, objective(last))
 
         def factors(found: _Parameters) -> Factors:
             reduce = length * contract("rk,ki->ri", found.reduce, whitening.transform)
@@ -108,4 +116,12 @@ class Gradient(Solver):
             E = unit * found.expand
             return Factors(reduce, E, bias - contract("dr,ri,i->d", E, reduce, whitening.mean))
 
-        return factors(start), factors(end)
+        return factors(start), factors(best)
+
+
+def _better(
+    best: _Parameters, least: Float[Array, ""], current: _Parameters, value: Float[Array, ""]
+) -> tuple[_Parameters, Float[Array, ""]]:
+    better = value < least
+    kept = jax.tree.map(lambda new, old: jnp.where(better, new, old), current, best)
+    return kept, jnp.where(better, value, least)
