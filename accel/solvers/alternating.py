@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from accel.solvers.activations import IDENTITY, Activation, activate, z_step
-from accel.solvers.base import Factors, Solver
+from accel.solvers.base import Factors, Solver, lower
 from accel.solvers.linear_algebra import (
     centre,
     contract,
@@ -105,7 +105,7 @@ class Alternating(Solver):
         ) -> tuple[tuple[_Iterate, _Iterate, Float[Array, ""]], None]:
             current, best, least = state
             outputs = linear_outputs(current)
-            best, least = _better(best, least, current, true_objective(outputs))
+            best, least = lower(best, least, current, true_objective(outputs))
             # Relative to the targets' mean, so that a large one costs no digits of the covariance.
             z = z_step(outputs, wanted, activated, penalty, activation) - mean.astype(jnp.float32)
             z_mean = jnp.mean(z, axis=0, dtype=targets.dtype)
@@ -118,16 +118,8 @@ class Alternating(Solver):
             (start, start, jnp.asarray(jnp.inf, targets.dtype)),
             jnp.asarray(self.penalties, jnp.float32),
         )
-        best, _ = _better(best, least, last, true_objective(linear_outputs(last)))
+        best, _ = lower(best, least, last, true_objective(linear_outputs(last)))
         return linear, factors_of(best.U, best.A, shrink, whitening, best.mean)
-
-
-def _better(
-    best: _Iterate, least: Float[Array, ""], current: _Iterate, error: Float[Array, ""]
-) -> tuple[_Iterate, Float[Array, ""]]:
-    better = error < least
-    kept = jax.tree.map(lambda new, old: jnp.where(better, new, old), current, best)
-    return kept, jnp.where(better, error, least)
 
 
 def _leading_directions(matrix: Float[Array, "d k"], rank: Int[Array, ""]) -> Float[Array, "d d"]:

@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Literal, NamedTuple, cast, final
+from typing import Literal, NamedTuple, TypeVar, cast, final
 
 import jax
 import jax.numpy as jnp
@@ -73,6 +73,18 @@ class Factors(NamedTuple):
     reduce: Float[Array, "d d_in"]
     expand: Float[Array, "d d"]
     bias: Float[Array, " d"]
+
+
+Iterate = TypeVar("Iterate")
+
+
+def lower(
+    best: Iterate, least: Float[Array, ""], current: Iterate, error: Float[Array, ""]
+) -> tuple[Iterate, Float[Array, ""]]:
+    """The current iterate and its error where that is less (NaN never is), else the best so far."""
+    better = error < least
+    kept = jax.tree.map(lambda new, old: jnp.where(better, new, old), current, best)
+    return kept, jnp.where(better, error, least)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,7 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from accel.solvers.activations import Activation, activate
-from accel.solvers.base import Factors, Solver
+from accel.solvers.base import Factors, Solver, lower
 from accel.solvers.linear_algebra import (
     centre,
     contract,
@@ -98,7 +98,7 @@ class Gradient(Solver):
         def step(state: tuple[_Parameters, optax.OptState, _Parameters, Array], _: None):
             current, memory, best, least = state
             value, gradient = value_and_grad(current, state=memory)
-            best, least = _better(best, least, current, jnp.asarray(value))
+            best, least = lower(best, least, current, jnp.asarray(value))
             updates, memory = descent.update(
                 gradient, memory, current, value=value, grad=gradient, value_fn=objective
             )
@@ -108,7 +108,7 @@ class Gradient(Solver):
         # The search may go uphill where the curvature is negative: what is lowest is returned.
         begun = (start, descent.init(start), start, jnp.asarray(jnp.inf, targets.dtype))
         (last, _, best, least), _ = jax.lax.scan(step, begun, length=self.iterations)
-        best, _ = _better(best, least, last, objective(last))
+        best, _ = lower(best, least, last, objective(last))
 
         def factors(found: _Parameters) -> Factors:
             reduce = length * contract("rk,ki->ri", found.reduce, whitening.transform)
@@ -117,11 +117,3 @@ class Gradient(Solver):
             return Factors(reduce, E, bias - contract("dr,ri,i->d", E, reduce, whitening.mean))
 
         return factors(start), factors(best)
-
-
-def _better(
-    best: _Parameters, least: Float[Array, ""], current: _Parameters, value: Float[Array, ""]
-) -> tuple[_Parameters, Float[Array, ""]]:
-    better = value < least
-    kept = jax.tree.map(lambda new, old: jnp.where(better, new, old), current, best)
-    return kept, jnp.where(better, value, least)

@@ -21,6 +21,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from accel.solvers.activations import IDENTITY, Activation, activate, z_step
+from accel.solvers.base import lower
 from accel.solvers.linear_algebra import contract
 
 # Directions of u, each of its values scaled to energy 1, that hold less than this part of the
@@ -140,7 +141,7 @@ def _fit(inputs, targets, prior, rank, whiten, unwhiten, penalties, activation):
     def turn(state, strength):
         current, best, least = state
         found = responses(current)
-        best, least = _better(best, least, current, objective(current, found))
+        best, least = lower(best, least, current, objective(current, found))
         z = z_step(found, targets, activated, strength, activation)
         return (regression(z), best, least), None
 
@@ -150,11 +151,5 @@ def _fit(inputs, targets, prior, rank, whiten, unwhiten, penalties, activation):
         state = (start, start, jnp.asarray(jnp.inf, dtype))
         strengths = jnp.asarray(penalties, jnp.float32)
         (last, best, least), _ = jax.lax.scan(turn, state, strengths)
-        best, _ = _better(best, least, last, objective(last, responses(last)))
+        best, _ = lower(best, least, last, objective(last, responses(last)))
     return contract("kl,lr->kr", transform, best.left), best.right, best.bias
-
-
-def _better(best, least, current, error):
-    better = error < least
-    kept = jax.tree.map(lambda new, old: jnp.where(better, new, old), current, best)
-    return kept, jnp.where(better, error, least)
