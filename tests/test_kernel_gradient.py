@@ -1,5 +1,6 @@
 """The gradient by kernels that training on CPU uses, against XLA's own."""
 
+import math
 import time
 
 import jax
@@ -83,23 +84,23 @@ def test_own_convolutions_are_left_alone():
 
 @pytest.mark.optimized
 def test_the_gradient_is_faster_than_that_of_xla():
-    conv = nnx.Conv(64, 64, (3, 3), rngs=nnx.Rngs(0))
-    images = jax.random.normal(jax.random.key(1), (64, 28, 28, 64))
-    taken = {}
+    conv = nnx.Conv(256, 256, (3, 3), rngs=nnx.Rngs(0))
+    images = jax.random.normal(jax.random.key(1), (8, 28, 28, 256))
+    gradients = {}
     for name, network in (("xla", conv), ("fast", with_fast_kernel_gradients(conv))):
         graphdef, state = nnx.split(network)
 
         def loss(state, images, graphdef=graphdef):
             return (nnx.merge(graphdef, state)(images) ** 2).sum()
 
-        gradient = jax.jit(jax.grad(loss))
-        jax.block_until_ready(gradient(state, images))
-        times = []
-        for _ in range(5):
+        gradients[name] = jax.jit(jax.grad(loss))
+        jax.block_until_ready(gradients[name](state, images))
+    taken = dict.fromkeys(gradients, math.inf)
+    for _ in range(7):  # In turns: other tests run beside this one.
+        for name, gradient in gradients.items():
             start = time.perf_counter()
             jax.block_until_ready(gradient(state, images))
-            times.append(time.perf_counter() - start)
-        taken[name] = min(times)
+            taken[name] = min(taken[name], time.perf_counter() - start)
     assert 1.5 * taken["fast"] < taken["xla"], taken
 
 
