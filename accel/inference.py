@@ -2,11 +2,16 @@
 
 What was found by measurement on CPU (XLA of jaxlib 0.10, the body of VGG-16, two cores): where
 weights are constants of the program the compiler packs them once; where they are arguments it packs
-them anew at every run, which costs the narrow layers of an accelerated network most. Memory that a
-run frees has to stay with the process, or the next one begins with page faults
-(``keep_free_memory``; for blocks above 64 MiB ``use_one_pool`` as well, which a program has to call
-before JAX is used, as the command line does). On other devices nothing of the kind has been
-measured, and weights are arguments.
+them anew at every run, which costs the narrow layers of an accelerated network most. Convolutions
+run faster by Eigen than joined with others by YNNPACK (``accel.compiler``). Memory that a run frees
+has to stay with the process, or the next one begins with page faults (``keep_free_memory``; for
+blocks above 64 MiB ``use_one_pool`` as well, which a program has to call before JAX is used, as the
+command line does). On other devices nothing of the kind has been measured, and weights are
+arguments.
+
+Also tried there, and no gain over convolutions by Eigen: thin kernels as products of matrices, what
+their taps see laid side by side (faster only than YNNPACK's, by up to four times), and ranks filled
+up to multiples of 4, 8 or 16.
 """
 
 from __future__ import annotations
@@ -21,6 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from accel.compiler import jit_network
 from accel.evaluation.forward import Forward, forward_function
 from accel.memory import keep_free_memory
 
@@ -69,7 +75,7 @@ def compile_inference(
     images = jax.ShapeDtypeStruct(tuple(shape), np.float32)
     start = time.perf_counter()
     function, arguments = with_weights(forward, state)
-    program = jax.jit(function).lower(*arguments, images).compile()
+    program = jit_network(function).lower(*arguments, images).compile()
     return Inference(images.shape, program, arguments, time.perf_counter() - start)
 
 

@@ -23,6 +23,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from accel.compiler import jit_network
 from accel.images import ImageSource, full_batches
 from accel.program import LayerCall, Program, specification
 
@@ -98,7 +99,7 @@ class OriginalRun:
             jax.ShapeDtypeStruct((batch_size, positions[call.path].shape[1]), jnp.int32)
             for call in calls
         ]
-        self.compiled = jax.jit(sampled).lower(self.parameters, images, at).compile()
+        self.compiled = jit_network(sampled).lower(self.parameters, images, at).compile()
 
     @property
     def working_bytes(self) -> int:
@@ -261,7 +262,7 @@ class AcceleratedRun:
             graphdef, state = nnx.split(replacement)
             run, parameters = self.program.segment([call.output, *given], wanted)
 
-            @jax.jit
+            @jit_network
             def step(parameters, state, values):
                 output = nnx.merge(graphdef, state)(values[0])
                 output = output.astype(specification(call.output).dtype)
@@ -276,7 +277,7 @@ class AcceleratedRun:
             given = self.program.live(self.calls[self.replaced])
             wanted = self.program.live(self.calls[self.replaced + 1])
             run, parameters = self.program.segment(given, wanted)
-            jitted = jax.jit(run)
+            jitted = jit_network(run)
             self.steps.append(lambda values: jitted(parameters, values))
         self.replaced += 1
 
@@ -284,7 +285,7 @@ class AcceleratedRun:
         run, parameters = self.program.segment(
             [self.program.images], self.program.live(self.calls[0])
         )
-        jitted = jax.jit(run)
+        jitted = jit_network(run)
         return lambda values: jitted(parameters, values)
 
     def _images(self) -> Iterator[np.ndarray]:
@@ -324,7 +325,7 @@ def _convolution_sampler(
     padding: tuple[tuple[int, int], ...] = equation.params["padding"]
     taps = specification(kernel).shape[:-2]
 
-    @jax.jit
+    @jit_network
     def sample(parameters, inputs, positions):
         (x,) = prepare(parameters, [inputs])
         x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
@@ -361,7 +362,7 @@ def _row_sampler(
     operand, _ = (atom for atom in equation.invars if isinstance(atom, jex.Var))
     prepare, parameters = program.segment([call.input], [operand])
 
-    @jax.jit
+    @jit_network
     def sample(parameters, inputs, positions):
         (x,) = prepare(parameters, [inputs])
         rows = x.reshape(batch_size, -1, x.shape[-1])

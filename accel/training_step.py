@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
+from accel.compiler import jit_network
 from accel.data.augmentation import Augmentation
-from accel.kernel_gradient import with_fast_kernel_gradients
 
 Precision = Literal["float32", "bfloat16"]
 Optimizer = Literal["sgd", "adamw"]
@@ -102,7 +102,7 @@ def training_step(
         rule: See ``gradient_rule``.
         augmentation, precision: See ``finetune``.
     """
-    training = with_fast_kernel_gradients(network)
+    training = nnx.clone(network)
     training.train()
     if precision == "bfloat16":
         for _, node in nnx.iter_graph(training):
@@ -114,7 +114,7 @@ def training_step(
         raise ValueError(f"unknown precision {precision!r}; known: float32, bfloat16")
     graphdef, _, random, _ = nnx.split(training, nnx.Param, nnx.RngState, ...)
 
-    @partial(jax.jit, donate_argnums=0)
+    @partial(jit_network, donate_argnums=0)
     def step(state, key, number, images, labels):
         augmentation_key, random_key = jax.random.split(jax.random.fold_in(key, number))
         if augmentation is not None:

@@ -152,23 +152,27 @@ def test_times_are_kept_on_disk_and_damage_is_named(tmp_path):
         TimeCache(tmp_path)
 
 
-def test_times_between_measured_ranks_are_interpolated(measured):
-    """With times that are a straight line in the rank, all ranks come out exactly."""
+@pytest.mark.parametrize("round_ranks_take", [1.0, 0.5])
+def test_times_between_measured_ranks_are_interpolated(measured, round_ranks_take):
+    """With times on two straight lines, multiples of 8 and the rest, all come out exactly."""
     _, calibration, curves = measured
     asked = []
 
     def timed(layer):
         asked.append(layer)
-        return 5.0 if isinstance(layer, nnx.Conv) else float(layer.factors[0].out_features)
+        return 5.0 if isinstance(layer, nnx.Conv) else seconds(layer.factors[0].out_features)
+
+    def seconds(rank):
+        return rank * (round_ranks_take if rank % 8 == 0 else 1.0)
 
     call = calibration.calls[1]
     candidates = [c for c in curves[call.path].candidates if c.decomposition != "tucker2"]
     times = _layer_times(call, candidates, timed)
     assert len(asked) < len(candidates)
-    np.testing.assert_allclose(times.chains, [c.ranks[0] for c in candidates])
+    np.testing.assert_allclose(times.chains, [seconds(c.ranks[0]) for c in candidates])
     assert times.of(LayerPlan(call.path)) == 5.0
     last = candidates[-1]
-    assert times.of(LayerPlan(call.path, last.decomposition, last.ranks)) == last.ranks[0]
+    assert times.of(LayerPlan(call.path, last.decomposition, last.ranks)) == seconds(last.ranks[0])
     with pytest.raises(ValueError, match=f"{call.path}: .* was not timed"):
         times.of(LayerPlan(call.path, "channel", (10**6,)))
 

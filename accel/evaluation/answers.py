@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import partial
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from flax import nnx
 
+from accel.compiler import jit_network
 from accel.evaluation.forward import Forward, check_finite, forward_function, output_shape
 from accel.images import padded
 
@@ -57,7 +58,7 @@ class Answers:
         """
         if (first, len(batch)) in self._kept:
             return None
-        return _run(self.forward, self.state, padded(batch, batch_size))
+        return _run()(self.forward, self.state, padded(batch, batch_size))
 
     def finish(self, first: int, count: int, started: Any) -> np.ndarray:
         """The outputs ``[count, …]``; waits for what ``start`` returned.
@@ -98,6 +99,10 @@ def outputs(
     ]
 
 
-@partial(jax.jit, static_argnums=0)
-def _run(forward: Forward, state: nnx.State, images: jax.Array) -> jax.Array:
-    return forward(state, images)
+@functools.cache
+def _run() -> Callable[[Forward, nnx.State, np.ndarray], jax.Array]:
+    """Runs a network; one function for all, so that networks of one shape are compiled once.
+
+    Made when it is first called, since the options hang on the device.
+    """
+    return jit_network(lambda forward, state, images: forward(state, images), static_argnums=0)

@@ -26,8 +26,8 @@ import numpy as np
 import optax
 from flax import nnx
 
+from accel.compiler import jit_network
 from accel.images import ArraySource, ImageSource, checked_fitting, full_batches, padded
-from accel.kernel_gradient import with_fast_kernel_gradients
 from accel.program import Program, specification, trace
 from accel.progress import Progress
 from accel.repair.augmentation import augment
@@ -265,7 +265,7 @@ class _Network:
     """
 
     def __init__(self, model: nnx.Module, images: jax.ShapeDtypeStruct):
-        self.program = trace(with_fast_kernel_gradients(model), images, LAYERS)
+        self.program = trace(model, images, LAYERS)
         outputs = self.program.jaxpr.outvars
         if len(outputs) != 1 or not isinstance(outputs[0], jex.Var):
             raise ValueError(
@@ -353,14 +353,14 @@ class _Task:
             relative = error / jnp.where(energy > 0, energy, 1)
             return jnp.sum(weights.astype(error.dtype) * relative)
 
-        @jax.jit
+        @jit_network
         def step(trained, optimizer, given, taught, images, key):
             views = augment(images, key, flip=settings.flip, shift=settings.shift)
             loss, gradients = jax.value_and_grad(loss_of)(trained, given, taught, views)
             updates, optimizer = self.optimizer.update(gradients, optimizer, trained)
             return optax.apply_updates(trained, updates), optimizer, loss
 
-        self._step, self._squares = step, jax.jit(squares)
+        self._step, self._squares = step, jit_network(squares)
         self._given = (student.program.parameters, teacher.program.parameters)
 
     def problem(self, seed: int, fitting: np.ndarray, images: np.ndarray) -> str:

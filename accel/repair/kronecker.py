@@ -19,6 +19,7 @@ import jax.extend.core as jex
 import jax.numpy as jnp
 import numpy as np
 
+from accel.compiler import jit_network
 from accel.images import padded, spread
 from accel.program import LayerCall, Program
 from accel.progress import Progress
@@ -93,7 +94,7 @@ def _moments(
     per_image = math.ceil(ROWS / len(images))
     jaxpr = program.jaxpr.replace(constvars=[], outvars=[call.input for call in calls])
     inputs = jex.jaxpr_as_fun(jex.ClosedJaxpr(jaxpr, ()))
-    jitted = jax.jit(lambda parameters, images: inputs(*parameters, images))
+    jitted = jit_network(lambda parameters, images: inputs(*parameters, images))
     samplers = [patch_sampler(program, call, batch_size) for call in calls]
     key = jax.random.key(seed)
     positions = [sample_positions(key, call, len(images), batch_size, per_image) for call in calls]

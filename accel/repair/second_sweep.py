@@ -37,9 +37,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from accel.compiler import jit_network
 from accel.evaluation.forward import check_finite, forward_function, output_shape
 from accel.images import ArraySource, ImageSource, checked_fitting, full_batches, padded
-from accel.kernel_gradient import with_fast_kernel_gradients
 from accel.program import LayerCall, Program, named_layers, specification, trace
 from accel.progress import Progress
 from accel.repair.kronecker import kronecker_preconditioner
@@ -277,10 +277,8 @@ class _Task:
         evaluated = nnx.clone(accelerated)
         evaluated.eval()
         self.graphdef, self.state = nnx.split(evaluated)
-        # Hides the convolutions, which the preconditioner has to see.
-        differentiated = trace(with_fast_kernel_gradients(accelerated), batch, LAYERS)
-        self.given = differentiated.parameters
-        self.places = _parameter_places(differentiated, self.state, self.calls)
+        self.given = self.program.parameters
+        self.places = _parameter_places(self.program, self.state, self.calls)
         self.weights = [
             _matrix(self.given[kernel], None if bias is None else self.given[bias])
             for kernel, bias in self.places
@@ -288,7 +286,7 @@ class _Task:
         self.fitted, self.held_out = images[fitting], images[~fitting]
         forward, state = forward_function(original)
         self.taught = jax.tree.leaves(state)
-        jitted = jax.jit(forward)
+        jitted = jit_network(forward)
 
         def answers(images: np.ndarray) -> np.ndarray:
             found = []
@@ -308,14 +306,14 @@ class _Task:
         )
         if not (self.energy > 0 and self.held_out_energy > 0):
             raise ValueError("the original network's outputs are all zero")
-        run = jex.jaxpr_as_fun(jex.ClosedJaxpr(differentiated.jaxpr, ()))
+        run = jex.jaxpr_as_fun(jex.ClosedJaxpr(self.program.jaxpr, ()))
 
         def squares(weights, parameters, images, wanted, mask):
             (found,) = run(*self._parameters(weights, parameters), images)
             errors = jnp.square(found.astype(jnp.float32) - wanted).reshape(batch_size, -1)
             return jnp.sum(errors * mask[:, None])
 
-        self._squares, self._gradient = jax.jit(squares), jax.jit(jax.grad(squares))
+        self._squares, self._gradient = jit_network(squares), jit_network(jax.grad(squares))
 
     def _parameters(self, weights: Weights, given: Sequence[Any]) -> list[Any]:
         """The program's parameters ``given``, but with these weights of the factors."""
