@@ -23,7 +23,7 @@ from accel.evaluation.forward import check_dtype, in_dtype
 from accel.files import write_whole
 from accel.inference import Inference, compile_inference, with_any_weights
 from accel.memory import kept_memory, page_faults
-from accel.peers import onnx_runner
+from accel.peers import onnx_runner, torch_runner
 from accel.plan import AccelerationPlan, LayerPlan
 from accel.program import Program, named_layers, specification, trace
 from accel.progress import Progress
@@ -123,7 +123,7 @@ def time_in_turns(
         return lambda: jax.block_until_ready(network(images))
 
     runs = {name: runner(network) for name, network in networks.items()} | dict(peers or {})
-    milliseconds = _interleaved(runs, repeats, seconds)
+    milliseconds = time_rounds(runs, repeats, seconds)
     row: dict[str, float] = {}
     for name, times in milliseconds.items():
         low, median, high = np.percentile(times, [25, 50, 75])
@@ -132,6 +132,37 @@ def time_in_turns(
     row["speedup"] = row["original_ms"] / row["accelerated_ms"]
     row["runs"] = len(milliseconds["original"])
     return row
+
+
+def time_rounds(
+    runs: dict[str, Callable[[], Any]], repeats: int, seconds: float
+) -> dict[str, list[float]]:
+    """Times of each run in milliseconds, taken in turns, after rounds that are not timed.
+
+    Args:
+        runs: What is timed, by name; each ends when its outputs are there.
+        repeats: Most runs of each.
+        seconds: Time for all, as in ``latency``.
+    """
+    begin = time.perf_counter()
+    for _ in range(SETTLING):
+        before = page_faults()
+        for run in runs.values():
+            run()
+        if page_faults() - before < SETTLED or time.perf_counter() - begin > seconds:
+            break
+    milliseconds: dict[str, list[float]] = {name: [] for name in runs}
+    order = list(runs)
+    begin = time.perf_counter()
+    for repeat in range(repeats):
+        if repeat >= LEAST_REPEATS and time.perf_counter() - begin > seconds:
+            break
+        for name in order:
+            start = time.perf_counter()
+            runs[name]()
+            milliseconds[name].append(1000 * (time.perf_counter() - start))
+        order.reverse()
+    return milliseconds
 
 
 def benchmark(
@@ -144,6 +175,7 @@ def benchmark(
     seconds: float = 30.0,
     dtype: str | None = None,
     onnx: Path | None = None,
+    torch: str | None = None,
     progress: Progress | None = None,
 ) -> Benchmark:
     """Measures what an acceleration gains on the default device, and writes it to a file.
@@ -165,13 +197,15 @@ def benchmark(
         dtype: What both networks compute in; by default what the run evaluated in, or float32.
         onnx: The original network as an ONNX file, to be timed in turns with both, in float32, by
             ONNX Runtime.
+        torch: Where a function that builds the original network in PyTorch is to be imported from,
+            ``package.module:function``; timed like the ONNX file.
         progress: Receives what is being measured.
 
     Raises:
         FileExistsError: If ``out`` exists.
         ValueError: If the folder holds no accelerated network or not what its original is built
             from, if the shape of the images is unknown or does not fit the network, if batch sizes
-            or seconds are not positive, the type is unknown, or the ONNX file cannot be run; before
+            or seconds are not positive, the type is unknown, or a peer cannot be run; before
             anything is measured.
     """
     check_measurement("benchmark", batch_sizes, REPEATS, seconds)
@@ -198,10 +232,7 @@ def benchmark(
     macs_accelerated = count_conv_macs(accelerated, image)
     total, left = sum(macs_original.values()), sum(macs_accelerated.values())
     macs = {"original": total, "accelerated": left, "speedup": total / left}
-    peers: dict[int, dict[str, Callable[[], Any]]] = {
-        batch_size: {} if onnx is None else dict([onnx_runner(onnx, shape, batch_size)])
-        for batch_size in batch_sizes
-    }
+    peers = {batch_size: _peers(onnx, torch, shape, batch_size) for batch_size in batch_sizes}
     progress = progress or Progress()
     networks = {"original": original, "accelerated": accelerated}
     batches = []
@@ -266,6 +297,18 @@ def benchmark(
     )
     write_whole(out, result.to_json())
     return result
+
+
+def _peers(
+    onnx: Path | None, torch: str | None, image_shape: Sequence[int], batch_size: int
+) -> dict[str, Callable[[], Any]]:
+    """What runs the original network in other runtimes, by their names."""
+    return dict(
+        [
+            *([] if onnx is None else [onnx_runner(onnx, image_shape, batch_size)]),
+            *([] if torch is None else [torch_runner(torch, image_shape, batch_size)]),
+        ]
+    )
 
 
 def xla_flops(compiled: jax.stages.Compiled) -> float | None:
@@ -364,28 +407,3 @@ def _network_benchmark(
         xla_flops=xla_flops(compiled.program),
         xla_temporary_bytes=None if memory is None else int(memory.temp_size_in_bytes),
     )
-
-
-def _interleaved(
-    runs: dict[str, Callable[[], Any]], repeats: int, seconds: float
-) -> dict[str, list[float]]:
-    """Times of each run in milliseconds, after rounds that are not timed."""
-    begin = time.perf_counter()
-    for _ in range(SETTLING):
-        before = page_faults()
-        for run in runs.values():
-            run()
-        if page_faults() - before < SETTLED or time.perf_counter() - begin > seconds:
-            break
-    milliseconds: dict[str, list[float]] = {name: [] for name in runs}
-    order = list(runs)
-    begin = time.perf_counter()
-    for repeat in range(repeats):
-        if repeat >= LEAST_REPEATS and time.perf_counter() - begin > seconds:
-            break
-        for name in order:
-            start = time.perf_counter()
-            runs[name]()
-            milliseconds[name].append(1000 * (time.perf_counter() - start))
-        order.reverse()
-    return milliseconds

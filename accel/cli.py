@@ -34,7 +34,7 @@ USAGE = """\
 usage: accel run CONFIG [--out DIR] [--smoke] [--FIELD VALUE ...]
        accel finetune FOLDER CONFIG [--out DIR] [--smoke] [--FIELD VALUE ...]
        accel benchmark FOLDER [--out FILE] [--batch-sizes N ...] [--seconds S]
-                       [--dtype TYPE] [--onnx FILE]
+                       [--dtype TYPE] [--onnx FILE] [--torch MODULE:FUNCTION]
                        [--image-size HEIGHT WIDTH CHANNELS]
        accel table TABLE [CONFIG ...] [--out DIR] [--smoke] [--FIELD VALUE ...]
        accel convert FILE --model NAME --out DIR [--FIELD VALUE ...]
@@ -102,6 +102,8 @@ class MakeBenchmark:
         dtype: What both networks compute in: float32, bfloat16 or float16; by default what the run
             evaluated in, or float32.
         onnx: The original network as an ONNX file, to be timed beside both by ONNX Runtime.
+        torch: Where a function that builds the original network in PyTorch is imported from, this
+            folder included: package.module:function; timed beside both by PyTorch.
         image_size: Height, width and channels of the images; by default those of the run, which
             folders of earlier versions do not say.
     """
@@ -112,6 +114,7 @@ class MakeBenchmark:
     seconds: float = 30.0
     dtype: str | None = None
     onnx: Path | None = None
+    torch: str | None = None
     image_size: tuple[int, ...] | None = None
 
 
@@ -213,6 +216,8 @@ def _finetune(folder: Path, config: Path, arguments: Sequence[str]) -> int:
 def _benchmark(rest: Sequence[str]) -> int:
     asked = tyro.cli(MakeBenchmark, args=rest, prog="accel benchmark")
     out = asked.out or asked.folder / BENCHMARK_FILE
+    if asked.torch is not None and (here := str(Path.cwd())) not in sys.path:
+        sys.path.append(here)
     with reported() as progress:
         found = benchmark(
             asked.folder,
@@ -223,6 +228,7 @@ def _benchmark(rest: Sequence[str]) -> int:
             seconds=asked.seconds,
             dtype=asked.dtype,
             onnx=asked.onnx,
+            torch=asked.torch,
             progress=progress,
         )
     Console().print(benchmark_summary(found))

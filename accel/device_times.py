@@ -50,7 +50,7 @@ FORM = (
     "all outputs written, nothing copied; weights inside the program where inference has them there"
 )
 # Ranks that are timed, as shares of the dearest ones of a kind.
-SHARES = (0.0, 0.05, 0.15, 0.3, 0.6, 1.0)
+SHARES = (0.0, 0.08, 0.25, 0.6, 1.0)
 # Chains of which all ranks are multiples of this fill vectors and tiles: on CPU a chain of rank 16
 # can take three quarters of the time of one of rank 14. They are timed apart from the others.
 STEP = 8

@@ -1,7 +1,8 @@
-"""Other runtimes on the same machine, to hold XLA's times against: ONNX Runtime."""
+"""Other runtimes on the same machine, to hold XLA's times against: ONNX Runtime and PyTorch."""
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,51 @@ def onnx_runner(
     images = np.random.default_rng(0).standard_normal(fitting[0], np.float32)
     given = {inputs[0].name: images}
     return f"ONNX Runtime {onnxruntime.__version__}", lambda: session.run(None, given)
+
+
+def torch_runner(
+    builder: str, image_shape: Sequence[int], batch_size: int
+) -> tuple[str, Callable[[], Any]]:
+    """PyTorch's name and version, and what runs a network of it once, on CPU.
+
+    It runs in inference mode on a batch of any float32 images, channels last in memory, with as
+    many threads as there are cores for this process, which is what XLA does.
+
+    Args:
+        builder: ``package.module:function``, to be called without arguments; it returns a
+            ``torch.nn.Module`` that takes images with channels first.
+        image_shape: Shape of one image, ``(height, width, channels)``.
+        batch_size: Images per batch.
+
+    Raises:
+        ValueError: If PyTorch is not installed, the network cannot be built, or takes other images.
+    """
+    try:
+        import torch
+    except ImportError as error:
+        raise ValueError("PyTorch is not installed: pip install torch") from error
+    module, _, function = builder.partition(":")
+    try:
+        network = getattr(importlib.import_module(module), function)()
+    except Exception as error:  # A builder can raise anything.
+        raise ValueError(f"{builder}: {type(error).__name__}: {error}") from error
+    if not isinstance(network, torch.nn.Module):
+        raise ValueError(f"{builder}: expected a torch.nn.Module, found {type(network).__name__}")
+    torch.set_num_threads(usable_cores())
+    network = network.eval().to(memory_format=torch.channels_last)
+    shape = (batch_size, image_shape[-1], *image_shape[:-1])
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(shape, generator=generator).to(memory_format=torch.channels_last)
+
+    def run() -> Any:
+        with torch.inference_mode():
+            return network(images)
+
+    try:
+        run()
+    except Exception as error:  # As can a network.
+        raise ValueError(f"{builder}: images of shape {shape}: {error}") from error
+    return f"PyTorch {torch.__version__}", run
 
 
 def _fits(shape: Sequence[int], declared: Sequence[int | str | None]) -> bool:

@@ -1,7 +1,9 @@
 import itertools
 import json
 import shutil
+import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import jax
@@ -13,7 +15,7 @@ import pytest
 from flax import nnx
 
 import accel
-from accel.benchmark import SETTLING, _interleaved, latency, xla_flops
+from accel.benchmark import SETTLING, latency, time_rounds, xla_flops
 from accel.cli import main
 from accel.plan import AccelerationPlan, LayerPlan
 from accel.rewrite import FactorizedConv, rewrite
@@ -69,13 +71,13 @@ def test_runs_alternate_and_end_with_the_time():
         time.sleep(0.01)
 
     runs = {name: lambda name=name: run(name) for name in "ab"}
-    times = _interleaved(runs, repeats=4, seconds=10)
+    times = time_rounds(runs, repeats=4, seconds=10)
     assert "".join(calls) == "ab" + "ab" + "ba" + "ab" + "ba"
     assert all(len(values) == 4 and min(values) >= 10 for values in times.values())
 
-    assert all(len(values) == 3 for values in _interleaved(runs, 1000, 1e-9).values())
+    assert all(len(values) == 3 for values in time_rounds(runs, 1000, 1e-9).values())
     begin = time.perf_counter()
-    assert len(_interleaved(runs, 1000, 0.2)["a"]) < 20
+    assert len(time_rounds(runs, 1000, 0.2)["a"]) < 20
     assert time.perf_counter() - begin < 1
 
 
@@ -85,10 +87,10 @@ def test_rounds_before_the_clock_starts_end_with_the_time_given(monkeypatch):
     monkeypatch.setattr("accel.benchmark.page_faults", lambda: next(faults))
     calls = []
     runs = {"a": lambda: calls.append(time.sleep(0.01))}
-    found = _interleaved(runs, repeats=3, seconds=10)
+    found = time_rounds(runs, repeats=3, seconds=10)
     assert len(calls) - len(found["a"]) == SETTLING
     calls.clear()
-    found = _interleaved(runs, repeats=3, seconds=0.02)
+    found = time_rounds(runs, repeats=3, seconds=0.02)
     assert 0 < len(calls) - len(found["a"]) < 5
 
 
@@ -238,6 +240,57 @@ def test_a_peer_takes_part_in_the_turns(accelerated_folder, timed_layers, tmp_pa
     assert main([*command, "--out", str(tmp_path / "no.json"), "--onnx", str(other)]) == 1
     assert "other.onnx: ONNX Runtime cannot read it" in capfd.readouterr().err
     assert not (tmp_path / "no.json").exists()
+
+
+TORCH_NETWORKS = """
+import torch
+
+def relu():
+    return torch.nn.ReLU()
+
+def three_channels():
+    return torch.nn.Conv2d(3, 1, 1)
+
+def no_network():
+    return 1
+
+def failing():
+    raise RuntimeError("nothing there")
+"""
+
+
+def test_pytorch_takes_part_in_the_turns(
+    accelerated_folder, timed_layers, tmp_path, capfd, monkeypatch
+):
+    pytest.importorskip("torch")
+    (tmp_path / "torch_networks.py").write_text(TORCH_NETWORKS)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    command = ["benchmark", str(accelerated_folder), "--batch-sizes", "2", "--seconds", "0.2"]
+    assert main([*command, "--out", "benchmark.json", "--torch", "torch_networks:relu"]) == 0
+    (batch,) = json.loads(Path("benchmark.json").read_text())["batches"]
+    (name,) = batch["peers"]
+    assert name.startswith("PyTorch 2.")
+    assert batch["peers"][name]["median_ms"] > 0
+    for function, problem in {
+        "three_channels": "three_channels: images of shape (2, 1, 8, 8): ",
+        "no_network": "no_network: expected a torch.nn.Module, found int",
+        "failing": "failing: RuntimeError: nothing there",
+        "missing": "missing: AttributeError: ",
+    }.items():
+        capfd.readouterr()
+        assert main([*command, "--out", "no.json", "--torch", f"torch_networks:{function}"]) == 1
+        assert f"torch_networks:{problem}" in capfd.readouterr().err
+    assert not Path("no.json").exists()
+
+
+def test_without_pytorch_the_error_says_so(
+    accelerated_folder, tmp_path, timed_layers, capfd, monkeypatch
+):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    command = ["benchmark", str(accelerated_folder), "--out", str(tmp_path / "no.json")]
+    assert main([*command, "--torch", "any:network"]) == 1
+    assert "PyTorch is not installed" in capfd.readouterr().err
 
 
 def test_an_older_folder_needs_the_shape_of_its_images(

@@ -1,0 +1,170 @@
+"""Measures in which form XLA runs a network and its chains fastest on this device.
+
+    python scripts/measure_runtime_forms.py CONFIG REPORT --out FILE.json [--batch-sizes N ...]
+
+The network of the config and the one that the plan of a run (its ``report.json``) makes of it, both
+with drawn weights, are timed in turns in several forms: as ``jax.jit`` runs them, with weights
+inside the program, as ``accel.compile_inference`` compiles them, and with what else was tried: 1×1
+convolutions as products of matrices, and ranks filled up to multiples of 8 or 16. The device should
+have nothing else to do.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import tyro
+from flax import nnx
+
+from accel.benchmark import time_rounds
+from accel.configuration import load_config
+from accel.evaluation.forward import forward_function
+from accel.experiment import Experiment
+from accel.files import write_whole
+from accel.inference import compile_inference, with_any_weights, with_weights
+from accel.memory import kept_memory, use_one_pool
+from accel.plan import AccelerationPlan, LayerPlan
+from accel.report.environment import command_line, device_name, versions
+from accel.rewrite import rewrite
+
+COMPILED = "accel.compile_inference"
+
+
+@dataclasses.dataclass(frozen=True)
+class Measurement:
+    """What is measured (see the module's docstring).
+
+    Attributes:
+        config: An experiment's config: its network.
+        report: ``report.json`` of a run on that network: its plan, and the shape of its images.
+        out: The file to write; must not exist. The table of it goes beside it.
+        batch_sizes: Images per batch.
+        repeats: Most runs of each form.
+        seconds: Time for all timed runs at a batch size.
+    """
+
+    config: tyro.conf.Positional[Path]
+    report: tyro.conf.Positional[Path]
+    out: Path
+    batch_sizes: tuple[int, ...] = (1, 8)
+    repeats: int = 30
+    seconds: float = 120.0
+
+
+def main() -> int:
+    use_one_pool()
+    asked = tyro.cli(Measurement)
+    if asked.out.exists():
+        raise FileExistsError(f"{asked.out} exists already; nothing is overwritten")
+    report = json.loads(asked.report.read_text())
+    original = with_any_weights(load_config(asked.config, Experiment).model.build())
+    layers = [
+        LayerPlan(layer["path"], layer["decomposition"], tuple(layer["ranks"]))
+        for layer in report["layers"]
+    ]
+    shape = tuple(report["settings"]["image_shape"])
+    found: dict[str, Any] = {
+        "command": command_line(),
+        "device": device_name(),
+        "versions": versions(),
+        "mac_speedup": report["macs"]["speedup"],
+        "batches": {},
+    }
+    for batch_size in asked.batch_sizes:
+        forms = runs(original, layers, (batch_size, *shape))
+        print(f"timing {len(forms)} forms at batch {batch_size}", file=sys.stderr)
+        with kept_memory():
+            times = time_rounds(forms, asked.repeats, asked.seconds)
+        found["batches"][str(batch_size)] = {
+            name: dict(zip(("low_ms", "median_ms", "high_ms"), quartiles, strict=True))
+            for name, quartiles in (
+                (name, np.percentile(taken, [25, 50, 75]).tolist()) for name, taken in times.items()
+            )
+        }
+        write_whole(asked.out, json.dumps(found, indent=2) + "\n")
+        write_whole(asked.out.with_suffix(".md"), markdown(found))
+    print(markdown(found))
+    return 0
+
+
+def runs(
+    original: nnx.Module, layers: list[LayerPlan], shape: tuple[int, ...]
+) -> dict[str, Callable[[], Any]]:
+    """What runs each network in each form once, by ``NETWORK: FORM``."""
+    images = jax.device_put(np.random.default_rng(0).standard_normal(shape, np.float32))
+
+    def planned(step: int = 1) -> nnx.Module:
+        """The network of the plan, its ranks filled up to multiples of ``step``."""
+        filled = [
+            dataclasses.replace(layer, ranks=tuple(-(-rank // step) * step for rank in layer.ranks))
+            for layer in layers
+        ]
+        return with_any_weights(rewrite(original, AccelerationPlan(tuple(filled), ())))
+
+    def bound(function: Callable[..., Any], *arguments: Any) -> Callable[[], Any]:
+        return lambda: jax.block_until_ready(function(*arguments, images))
+
+    forms: dict[str, Callable[[], Any]] = {}
+    accelerated = planned()
+    for name, network in (("original", original), ("accelerated", accelerated)):
+        forward, state = forward_function(network)
+        forms[f"{name}: jax.jit"] = bound(jax.jit(forward), state)
+        function, arguments = with_weights(forward, state)
+        forms[f"{name}: weights inside the program"] = bound(jax.jit(function), *arguments)
+        forms[f"{name}: {COMPILED}"] = bound(compile_inference(network, shape))
+    others = {
+        "and 1×1 as products of matrices": with_products(accelerated),
+        "and ranks in steps of 8": planned(8),
+        "and ranks in steps of 16": planned(16),
+    }
+    for name, network in others.items():
+        forms[f"accelerated: {name}"] = bound(compile_inference(network, shape))
+    return forms
+
+
+def with_products(network: nnx.Module) -> nnx.Module:
+    """A copy whose 1×1 convolutions with strides of 1 are products of matrices."""
+    copy = nnx.clone(network)
+
+    def convolve(inputs, kernel, strides, padding, **settings):
+        *taps, _, _ = kernel.shape
+        if any(k != 1 for k in taps) or any(s != 1 for s in strides):
+            return jax.lax.conv_general_dilated(inputs, kernel, strides, padding, **settings)
+        return jax.numpy.matmul(inputs, kernel.reshape(kernel.shape[-2:]))
+
+    for _, layer in nnx.iter_graph(copy):
+        if isinstance(layer, nnx.Conv) and layer.feature_group_count == 1:
+            layer.conv_general_dilated = convolve
+    return copy
+
+
+def markdown(found: Mapping[str, Any]) -> str:
+    """The table of what was found: a row a form, speedups over the original in the same form."""
+    sizes = list(found["batches"])
+    text = [
+        "| network and form | " + " | ".join(f"batch {size} | speedup" for size in sizes) + " |",
+        "|---|" + "--:|--:|" * len(sizes),
+    ]
+    for name in found["batches"][sizes[0]]:
+        cells = []
+        for size in sizes:
+            rows = found["batches"][size]
+            taken = rows[name]["median_ms"]
+            network, form = name.split(": ", 1)
+            # What else was tried is held against the original as it is compiled for inference.
+            against = rows.get(f"original: {form}", rows[f"original: {COMPILED}"])
+            speedup = "" if network == "original" else f"{against['median_ms'] / taken:.2f}×"
+            cells += [f"{taken:.1f} ms", speedup]
+        text.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(text) + "\n"
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

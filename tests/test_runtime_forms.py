@@ -1,0 +1,53 @@
+import json
+
+import jax.numpy as jnp
+import networks
+import numpy as np
+import pytest
+from flax import nnx
+
+LAYERS = {"conv1_2": ("tucker2", (9, 9)), "conv2_2": ("spatial", (20,)), "conv3_1": (None, ())}
+
+
+@pytest.fixture
+def forms(script):
+    return script("measure_runtime_forms")
+
+
+def test_every_form_is_timed_and_told(forms, tmp_path, monkeypatch, capsys):
+    report, out = tmp_path / "report.json", tmp_path / "forms.json"
+    layers = [
+        {"path": path, "decomposition": kind, "ranks": list(ranks)}
+        for path, (kind, ranks) in LAYERS.items()
+    ]
+    settings = {"image_shape": [28, 28, 1]}
+    report.write_text(
+        json.dumps({"layers": layers, "settings": settings, "macs": {"speedup": 1.5}})
+    )
+    command = ["measure", "configs/quickstart.py", str(report), "--out", str(out)]
+    monkeypatch.setattr("sys.argv", [*command, "--batch-sizes", "2", "--repeats", "3"])
+    assert forms.main() == 0
+    found = json.loads(out.read_text())
+    rows = found["batches"]["2"]
+    assert len(rows) == 9
+    assert all(0 < row["low_ms"] <= row["median_ms"] <= row["high_ms"] for row in rows.values())
+    table = out.with_suffix(".md").read_text()
+    assert table in capsys.readouterr().out
+    plain = rows["original: jax.jit"]["median_ms"] / rows["accelerated: jax.jit"]["median_ms"]
+    assert f"| {plain:.2f}× |" in next(
+        line for line in table.splitlines() if line.startswith("| accelerated: jax.jit")
+    )
+    with pytest.raises(FileExistsError, match=r"forms\.json exists already"):
+        forms.main()
+
+
+def test_products_of_matrices_are_the_convolutions(forms):
+    model = nnx.Sequential(
+        nnx.Conv(4, 6, (1, 1), rngs=nnx.Rngs(0)),
+        nnx.Conv(6, 5, (1, 1), strides=2, rngs=nnx.Rngs(1)),
+        nnx.Conv(5, 5, (3, 3), rngs=nnx.Rngs(2)),
+    )
+    images = jnp.asarray(networks.images(2))[..., :1] * jnp.ones(4)
+    products = forms.with_products(model)
+    np.testing.assert_allclose(products(images), model(images), rtol=1e-5, atol=1e-5)
+    assert products.layers[0].conv_general_dilated is not model.layers[0].conv_general_dilated
