@@ -126,7 +126,7 @@ def accelerate(
         allowed_disagreement=allowed_disagreement,
         latency_batch=latency_batch,
     )
-    budget.check(rank_selection, dense_speedup)
+    budget.check(model, rank_selection, dense_speedup)
     allowed_loss = budget.allowed_loss
     if allowed_loss is not None:
         allowed_loss.check(model, images)

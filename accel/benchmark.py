@@ -372,7 +372,9 @@ def _times_of_layers(
         layers = [call.layer, *([chains[call.path]] if call.path in chains else [])]
         with kept_memory():
             seconds = [
-                layer_seconds(in_dtype(layer, dtype), given.shape, dtype, call.activation)
+                layer_seconds(
+                    in_dtype(layer, dtype), given.shape, dtype, call.activation, program.options
+                )
                 for layer in layers
             ]
         times[call.path] = (1000 * seconds[0], 1000 * seconds[-1])

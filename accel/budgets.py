@@ -11,6 +11,7 @@ from pathlib import Path
 from flax import nnx
 
 from accel.calibration import Calibration
+from accel.compiler import network_options
 from accel.device_times import TimeCache, default_cache
 from accel.error_curves import ErrorCurve
 from accel.files import write_whole
@@ -61,7 +62,7 @@ class Budget:
             return AllowedLoss(ALLOWED_DISAGREEMENT, self.allowed_disagreement)
         return None
 
-    def check(self, rank_selection: str, dense_speedup: float | None) -> None:
+    def check(self, model: nnx.Module, rank_selection: str, dense_speedup: float | None) -> None:
         """Raises ValueError where the budget is none or does not go with the rest."""
         if self.latency_batch < 1:
             raise ValueError(f"latency_batch is 1 or more, found {self.latency_batch}")
@@ -85,7 +86,7 @@ class Budget:
             )
         if name in ("latency_speedup", "latency_ms"):
             # A cache that is damaged or cannot be written shows now, not after the long work.
-            TimeCache(default_cache()).save()
+            TimeCache(default_cache(), network_options(model)).save()
 
     def select(
         self,

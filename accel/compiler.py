@@ -3,34 +3,49 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from typing import Any
 
 import jax
+from flax import nnx
 
-# XLA (jaxlib 0.10 and 0.11) hands convolutions to its library YNNPACK, several layers at a time. On
-# the body of VGG-16 (two cores with AVX-512) the network then takes 1.03 times as long at batch 1
-# and 1.15 times at batch 8, chains of a quarter of its MACs 1.15 times, and its gradient twice as
-# long. An empty list leaves convolutions to Eigen.
-_WITHOUT_YNNPACK: dict[str, str | bool] = {"xla_cpu_experimental_ynn_fusion_type": ""}
+Options = dict[str, str | bool]
+
+# XLA (jaxlib 0.10 and 0.11) hands convolutions, products of matrices and what stands between them
+# to its library YNNPACK, several layers at a time. An empty list leaves them to Eigen, which is
+# faster (scripts/measure_runtime_forms.py), for gradients by kernels above all; only convolutions
+# of single channels take it twice as long.
+_WITHOUT_YNNPACK: Options = {"xla_cpu_experimental_ynn_fusion_type": ""}
+
+
+def network_options(network: nnx.Module) -> Options | None:
+    """``compiler_options`` under which ``jax.jit`` runs a network fastest; None for the defaults.
+
+    On CPU, for networks without depthwise convolutions, if this version of XLA knows the options;
+    elsewhere nothing has been measured. A jitted function that has options cannot be called in
+    another one.
+
+    Args:
+        network: What is run; what is made of it runs under the same options.
+    """
+    if jax.default_backend() != "cpu" or _has_depthwise(network):
+        return None
+    return _known()
+
+
+def _has_depthwise(network: nnx.Module) -> bool:
+    return any(
+        isinstance(layer, nnx.Conv) and 1 < layer.feature_group_count == layer.in_features
+        for _, layer in nnx.iter_graph(network)
+    )
 
 
 @functools.cache
-def network_options() -> dict[str, str | bool] | None:
-    """Options for ``jax.jit`` or ``.compile`` under which networks run fastest; None for none.
-
-    On CPU, those of versions of XLA that know them; elsewhere nothing has been measured.
-    """
-    if jax.default_backend() != "cpu":
-        return None
+def _known() -> Options | None:
+    """The options, or None where the compiler does not know them."""
     lowered = jax.jit(lambda number: number + 1).lower(0)
     try:
         lowered.compile(compiler_options=_WITHOUT_YNNPACK)
-    except jax.errors.JaxRuntimeError:  # An option that this version does not know.
+    except jax.errors.JaxRuntimeError as error:
+        if "No such compile option" not in str(error):
+            raise
         return None
     return _WITHOUT_YNNPACK
-
-
-def jit_network(function: Callable[..., Any], **settings: Any) -> Any:
-    """``jax.jit`` with ``network_options``, for functions that run a network or a part of one."""
-    return jax.jit(function, compiler_options=network_options(), **settings)

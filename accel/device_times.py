@@ -26,7 +26,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Float64
 
-from accel.compiler import jit_network, network_options
+from accel.compiler import Options
 from accel.decompositions import DECOMPOSITIONS, Decomposition
 from accel.error_curves import ErrorCurve
 from accel.evaluation.forward import forward_function
@@ -49,10 +49,10 @@ REPEATS = 3
 FORM = (
     "all outputs written, nothing copied; weights inside the program where inference has them there"
 )
-# Ranks that are timed, as shares of the dearest ones of a kind.
+# Which chains are timed, as places among those of one kind by ascending rank, from first to last.
 SHARES = (0.0, 0.08, 0.25, 0.6, 1.0)
 # Chains of which all ranks are multiples of this fill vectors and tiles: on CPU a chain of rank 16
-# can take three quarters of the time of one of rank 14. They are timed apart from the others.
+# is faster than one of rank 14. They are timed apart from the others.
 STEP = 8
 
 
@@ -85,7 +85,11 @@ class LayerTimes:
 
 
 def layer_seconds(
-    layer: nnx.Module, input_shape: Sequence[int], dtype: Any, activation: Activation
+    layer: nnx.Module,
+    input_shape: Sequence[int],
+    dtype: Any,
+    activation: Activation,
+    options: Options | None,
 ) -> float:
     """Seconds that a layer or a chain takes, with the activation that follows, on the device.
 
@@ -96,6 +100,7 @@ def layer_seconds(
         input_shape: Shape of what it is given, the batch first.
         dtype: Type of what it is given.
         activation: What follows.
+        options: What the compiler is told, as for the network that the layer is of.
     """
     forward, state = forward_function(with_any_weights(layer))
     function, arguments = with_weights(forward, state)
@@ -120,7 +125,7 @@ def layer_seconds(
 
     keep_free_memory()
     # How often is an argument, so that the program is compiled once.
-    run = jit_network(looped).lower(1, *arguments, inputs).compile()
+    run = jax.jit(looped).lower(1, *arguments, inputs).compile(options)
 
     def shortest(count: int) -> float:
         times = []
@@ -153,13 +158,15 @@ class TimeCache:
 
     Args:
         folder: Where the file lies; made where it is missing.
+        options: What the compiler is told.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, options: Options | None):
+        self.options = options
         kept = ("jax", "jaxlib", "flax")
         where = {"device": device_name(), **{name: versions().get(name) for name in kept}}
         where |= {"form": FORM, "memory": "one pool" if one_pool() else "the usual pools"}
-        where["compiler"] = network_options()
+        where["compiler"] = options
         text = json.dumps(where, sort_keys=True)
         self.file = folder / f"times-{hashlib.sha256(text.encode()).hexdigest()[:16]}.json"
         self.content: dict[str, Any] = {"measured_on": where, "seconds": {}}
@@ -177,7 +184,7 @@ class TimeCache:
         known = self.content["seconds"]
         key = f"{_text(layer)} of {np.dtype(dtype).name}{list(input_shape)} {activation}"
         if key not in known:
-            known[key] = layer_seconds(layer, input_shape, dtype, activation)
+            known[key] = layer_seconds(layer, input_shape, dtype, activation, self.options)
         return known[key]
 
     def save(self) -> None:
@@ -209,6 +216,7 @@ def measure_times(
     curves: Mapping[str, ErrorCurve],
     batch_size: int,
     *,
+    options: Options | None,
     cache: Path | None = None,
     progress: Progress | None = None,
 ) -> dict[str, LayerTimes]:
@@ -218,11 +226,12 @@ def measure_times(
         calls: The layers that can be replaced.
         curves: From ``measure_errors``: the chains to choose from.
         batch_size: Images per batch.
+        options: What the compiler is told (``Program.options``).
         cache: A folder that keeps times; by default ``default_cache()``.
         progress: Receives what is being done.
     """
     progress = progress or Progress()
-    known = TimeCache(cache or default_cache())
+    known = TimeCache(cache or default_cache(), options)
     progress.begin(f"timing layers at batch {batch_size}", len(calls))
     times: dict[str, LayerTimes] = {}
     for call in calls:

@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from accel.compiler import jit_network
+from accel.compiler import network_options
 from accel.evaluation.forward import Forward, forward_function
 from accel.memory import keep_free_memory
 
@@ -75,7 +75,7 @@ def compile_inference(
     images = jax.ShapeDtypeStruct(tuple(shape), np.float32)
     start = time.perf_counter()
     function, arguments = with_weights(forward, state)
-    program = jit_network(function).lower(*arguments, images).compile()
+    program = jax.jit(function).lower(*arguments, images).compile(network_options(model))
     return Inference(images.shape, program, arguments, time.perf_counter() - start)
 
 

@@ -103,7 +103,14 @@ def select_for_latency(
     curves = measure_errors(calibration, progress=progress) if curves is None else curves
     calls = [call for call in calibration.calls if isinstance(call.layer, nnx.Conv)]
     if times is None:
-        measured = measure_times(calls, curves, batch_size, cache=cache, progress=progress)
+        measured = measure_times(
+            calls,
+            curves,
+            batch_size,
+            options=calibration.program.options,
+            cache=cache,
+            progress=progress,
+        )
         times = correct_times(
             calibration,
             compiled,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -74,11 +75,15 @@ def torch_runner(
     Raises:
         ValueError: If PyTorch is not installed, the network cannot be built, or takes other images.
     """
+    module, _, function = builder.partition(":")
+    if not (module and function):
+        raise ValueError(f"{builder!r}: expected package.module:function")
+    # Its threads would go on spinning after a run, into the next one's time.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
-        import torch
+        torch: Any = importlib.import_module("torch")
     except ImportError as error:
         raise ValueError("PyTorch is not installed: pip install torch") from error
-    module, _, function = builder.partition(":")
     try:
         network = getattr(importlib.import_module(module), function)()
     except Exception as error:  # A builder can raise anything.
@@ -86,16 +91,17 @@ def torch_runner(
     if not isinstance(network, torch.nn.Module):
         raise ValueError(f"{builder}: expected a torch.nn.Module, found {type(network).__name__}")
     torch.set_num_threads(usable_cores())
-    network = network.eval().to(memory_format=torch.channels_last)
+    network.eval()
     shape = (batch_size, image_shape[-1], *image_shape[:-1])
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randn(shape, generator=generator).to(memory_format=torch.channels_last)
+    images = torch.randn(shape, generator=torch.Generator().manual_seed(0))
 
     def run() -> Any:
         with torch.inference_mode():
             return network(images)
 
     try:
+        network = network.to(memory_format=torch.channels_last)
+        images = images.to(memory_format=torch.channels_last)
         run()
     except Exception as error:  # As can a network.
         raise ValueError(f"{builder}: images of shape {shape}: {error}") from error

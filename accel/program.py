@@ -20,6 +20,7 @@ import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
+from accel.compiler import Options, network_options
 from accel.solvers.activations import ACTIVATIONS, IDENTITY, RELU, Activation
 
 Path = str
@@ -68,12 +69,14 @@ class Program:
         parameters: The values of the network's parameters and other state.
         calls: Calls of the layers of interest in execution order.
         left_out: Layers of interest that have no place of their own in the program, and why.
+        options: What the compiler is told where the program or a part of it is jitted.
     """
 
     jaxpr: jex.Jaxpr
     parameters: tuple[jax.Array, ...]
     calls: tuple[LayerCall, ...]
     left_out: dict[Path, str]
+    options: Options | None
 
     @property
     def images(self) -> jex.Var:
@@ -208,7 +211,7 @@ def trace(model: nnx.Module, images: Any, kinds: tuple[type, ...] = (nnx.Conv,))
         invars=[*flat.jaxpr.constvars, *flat.jaxpr.invars],
     )
     calls, left_out = _find_calls(jaxpr, layers)
-    return Program(jaxpr, (*flat.consts, *values), calls, left_out)
+    return Program(jaxpr, (*flat.consts, *values), calls, left_out, network_options(tapped))
 
 
 @cache

@@ -14,6 +14,7 @@ import dataclasses
 import math
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -23,7 +24,6 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from accel.compiler import jit_network
 from accel.images import ImageSource, full_batches
 from accel.program import LayerCall, Program, specification
 
@@ -99,7 +99,8 @@ class OriginalRun:
             jax.ShapeDtypeStruct((batch_size, positions[call.path].shape[1]), jnp.int32)
             for call in calls
         ]
-        self.compiled = jit_network(sampled).lower(self.parameters, images, at).compile()
+        lowered = jax.jit(sampled).lower(self.parameters, images, at)
+        self.compiled = lowered.compile(program.options)
 
     @property
     def working_bytes(self) -> int:
@@ -262,7 +263,7 @@ class AcceleratedRun:
             graphdef, state = nnx.split(replacement)
             run, parameters = self.program.segment([call.output, *given], wanted)
 
-            @jit_network
+            @partial(jax.jit, compiler_options=self.program.options)
             def step(parameters, state, values):
                 output = nnx.merge(graphdef, state)(values[0])
                 output = output.astype(specification(call.output).dtype)
@@ -277,7 +278,7 @@ class AcceleratedRun:
             given = self.program.live(self.calls[self.replaced])
             wanted = self.program.live(self.calls[self.replaced + 1])
             run, parameters = self.program.segment(given, wanted)
-            jitted = jit_network(run)
+            jitted = jax.jit(run, compiler_options=self.program.options)
             self.steps.append(lambda values: jitted(parameters, values))
         self.replaced += 1
 
@@ -285,7 +286,7 @@ class AcceleratedRun:
         run, parameters = self.program.segment(
             [self.program.images], self.program.live(self.calls[0])
         )
-        jitted = jit_network(run)
+        jitted = jax.jit(run, compiler_options=self.program.options)
         return lambda values: jitted(parameters, values)
 
     def _images(self) -> Iterator[np.ndarray]:
@@ -325,7 +326,7 @@ def _convolution_sampler(
     padding: tuple[tuple[int, int], ...] = equation.params["padding"]
     taps = specification(kernel).shape[:-2]
 
-    @jit_network
+    @partial(jax.jit, compiler_options=program.options)
     def sample(parameters, inputs, positions):
         (x,) = prepare(parameters, [inputs])
         x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
@@ -362,7 +363,7 @@ def _row_sampler(
     operand, _ = (atom for atom in equation.invars if isinstance(atom, jex.Var))
     prepare, parameters = program.segment([call.input], [operand])
 
-    @jit_network
+    @partial(jax.jit, compiler_options=program.options)
     def sample(parameters, inputs, positions):
         (x,) = prepare(parameters, [inputs])
         rows = x.reshape(batch_size, -1, x.shape[-1])

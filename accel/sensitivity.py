@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -27,7 +28,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float64
 
-from accel.compiler import jit_network
 from accel.images import ArraySource, full_batches
 from accel.program import LayerCall, Program, specification
 from accel.progress import Progress
@@ -90,13 +90,13 @@ def sensitivity_matrices(
         answered = run(parameters, batch, added)
         return [answered[index] for index in outputs]
 
-    @jit_network
+    @partial(jax.jit, compiler_options=program.options)
     def energies(parameters, batch, mask):
         nothing = [0.0] * len(variables)
         rows = (_rows(output, batch_size) for output in answers(parameters, batch, nothing))
         return jnp.stack([jnp.sum(jnp.square(row) * mask[:, None]) for row in rows])
 
-    @jit_network
+    @partial(jax.jit, compiler_options=program.options)
     def moments(parameters, batch, scales, key):
         nothing = [jnp.zeros(s.shape, s.dtype) for s in map(specification, variables)]
         found, backward = jax.vjp(lambda added: answers(parameters, batch, added), nothing)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from accel.compiler import jit_network
+from accel.compiler import network_options
 from accel.data.augmentation import Augmentation
 
 Precision = Literal["float32", "bfloat16"]
@@ -114,7 +114,7 @@ def training_step(
         raise ValueError(f"unknown precision {precision!r}; known: float32, bfloat16")
     graphdef, _, random, _ = nnx.split(training, nnx.Param, nnx.RngState, ...)
 
-    @partial(jit_network, donate_argnums=0)
+    @partial(jax.jit, donate_argnums=0, compiler_options=network_options(network))
     def step(state, key, number, images, labels):
         augmentation_key, random_key = jax.random.split(jax.random.fold_in(key, number))
         if augmentation is not None:

@@ -193,7 +193,13 @@ def _batch(
     start = time.perf_counter()
     # An empty cache, so that the time of timing is that of a first run.
     with tempfile.TemporaryDirectory() as cache:
-        measured = measure_times(calibration.calls, curves, batch_size, cache=Path(cache))
+        measured = measure_times(
+            calibration.calls,
+            curves,
+            batch_size,
+            options=calibration.program.options,
+            cache=Path(cache),
+        )
     times = correct_times(calibration, compiled, measured, curves, rules=rules, progress=progress)
     row: dict[str, Any] = {"timing_seconds": time.perf_counter() - start, "asked": {}}
     progress.say(f"batch {batch_size}: layers timed in {row['timing_seconds']:.0f} s")

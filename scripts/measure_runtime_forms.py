@@ -23,6 +23,7 @@ import numpy as np
 import tyro
 from flax import nnx
 
+from accel.batch_norm import find_foldable, fold_batch_norm
 from accel.benchmark import time_rounds
 from accel.configuration import load_config
 from accel.evaluation.forward import forward_function
@@ -99,6 +100,10 @@ def runs(
 ) -> dict[str, Callable[[], Any]]:
     """What runs each network in each form once, by ``NETWORK: FORM``."""
     images = jax.device_put(np.random.default_rng(0).standard_normal(shape, np.float32))
+    evaluated = nnx.clone(original)
+    evaluated.eval()
+    pairs = find_foldable(evaluated, images)
+    folded = fold_batch_norm(evaluated, pairs)
 
     def planned(step: int = 1) -> nnx.Module:
         """The network of the plan, its ranks filled up to multiples of ``step``."""
@@ -106,7 +111,7 @@ def runs(
             dataclasses.replace(layer, ranks=tuple(-(-rank // step) * step for rank in layer.ranks))
             for layer in layers
         ]
-        return with_any_weights(rewrite(original, AccelerationPlan(tuple(filled), ())))
+        return with_any_weights(rewrite(folded, AccelerationPlan(tuple(filled), pairs)))
 
     def bound(function: Callable[..., Any], *arguments: Any) -> Callable[[], Any]:
         return lambda: jax.block_until_ready(function(*arguments, images))
@@ -135,7 +140,8 @@ def with_products(network: nnx.Module) -> nnx.Module:
 
     def convolve(inputs, kernel, strides, padding, **settings):
         *taps, _, _ = kernel.shape
-        if any(k != 1 for k in taps) or any(s != 1 for s in strides):
+        plain = isinstance(padding, str) and all(s == 1 for s in (*taps, *strides))
+        if not plain:
             return jax.lax.conv_general_dilated(inputs, kernel, strides, padding, **settings)
         return jax.numpy.matmul(inputs, kernel.reshape(kernel.shape[-2:]))
 

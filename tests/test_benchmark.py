@@ -17,6 +17,7 @@ from flax import nnx
 import accel
 from accel.benchmark import SETTLING, latency, time_rounds, xla_flops
 from accel.cli import main
+from accel.compiler import network_options
 from accel.plan import AccelerationPlan, LayerPlan
 from accel.rewrite import FactorizedConv, rewrite
 
@@ -129,7 +130,8 @@ def timed_layers(monkeypatch):
     """Layers are not timed: one takes 2 ms, a chain 1 ms. What was asked for is in the list."""
     asked = []
 
-    def seconds(layer, input_shape, dtype, activation):
+    def seconds(layer, input_shape, dtype, activation, options):
+        assert options == network_options(layer)
         chain = isinstance(layer, FactorizedConv)
         asked.append((chain, input_shape, np.dtype(dtype).name, activation))
         return 0.001 if chain else 0.002
@@ -266,6 +268,8 @@ def test_pytorch_takes_part_in_the_turns(
     (tmp_path / "torch_networks.py").write_text(TORCH_NETWORKS)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setitem(sys.modules, "torch_networks", None)
+    del sys.modules["torch_networks"]  # And again after the test.
     command = ["benchmark", str(accelerated_folder), "--batch-sizes", "2", "--seconds", "0.2"]
     assert main([*command, "--out", "benchmark.json", "--torch", "torch_networks:relu"]) == 0
     (batch,) = json.loads(Path("benchmark.json").read_text())["batches"]
@@ -277,6 +281,7 @@ def test_pytorch_takes_part_in_the_turns(
         "no_network": "no_network: expected a torch.nn.Module, found int",
         "failing": "failing: RuntimeError: nothing there",
         "missing": "missing: AttributeError: ",
+        "": "': expected package.module:function",
     }.items():
         capfd.readouterr()
         assert main([*command, "--out", "no.json", "--torch", f"torch_networks:{function}"]) == 1
@@ -288,6 +293,7 @@ def test_without_pytorch_the_error_says_so(
     accelerated_folder, tmp_path, timed_layers, capfd, monkeypatch
 ):
     monkeypatch.setitem(sys.modules, "torch", None)
+    monkeypatch.setattr(sys, "path", list(sys.path))
     command = ["benchmark", str(accelerated_folder), "--out", str(tmp_path / "no.json")]
     assert main([*command, "--torch", "any:network"]) == 1
     assert "PyTorch is not installed" in capfd.readouterr().err

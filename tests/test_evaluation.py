@@ -95,8 +95,8 @@ def test_answers_are_computed_once_as_far_as_they_are_kept(monkeypatch, residual
         ran.append(state is answers.state)
         return run(forward, state, batch)
 
-    run = evaluation_answers._run()
-    monkeypatch.setattr(evaluation_answers, "_run", lambda: counted)
+    run = evaluation_answers._run(())
+    monkeypatch.setattr(evaluation_answers, "_run", lambda options: counted)
     answers = Answers(residual, kept_bytes=kept_bytes)
     found = (
         accuracy(answers, images, batch_size=5),

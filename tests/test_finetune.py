@@ -288,7 +288,7 @@ def test_bfloat16_computes_in_it_and_keeps_everything_in_float32():
     state = TrainingState(parameters, rest, rule.init(parameters))
     step = training_step(model, rule, None, "bfloat16")
     images, labels = next(IMAGES.labelled_batches(4))
-    program = str(jax.make_jaxpr(step)(state, jax.random.key(0), np.uint32(0), images, labels))
+    program = str(step.trace(state, jax.random.key(0), np.uint32(0), images, labels).jaxpr)
     convolutions = [line for line in program.splitlines() if "= conv_general_dilated[" in line]
     assert convolutions
     assert all("bf16" in line for line in convolutions)

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from accel.compiler import jit_network
+from accel.compiler import network_options
 from accel.evaluation.forward import Forward, check_finite, forward_function, output_shape
 from accel.images import padded
 
@@ -40,6 +40,7 @@ class Answers:
     ):
         self.name = name or type(model).__name__
         self.forward, self.state = forward_function(model, dtype)
+        self._run = _run(tuple((network_options(model) or {}).items()))
         self._kept: dict[tuple[int, int], np.ndarray] = {}
         self._free_bytes = kept_bytes
 
@@ -58,7 +59,7 @@ class Answers:
         """
         if (first, len(batch)) in self._kept:
             return None
-        return _run()(self.forward, self.state, padded(batch, batch_size))
+        return self._run(self.forward, self.state, padded(batch, batch_size))
 
     def finish(self, first: int, count: int, started: Any) -> np.ndarray:
         """The outputs ``[count, …]``; waits for what ``start`` returned.
@@ -100,9 +101,12 @@ def outputs(
 
 
 @functools.cache
-def _run() -> Callable[[Forward, nnx.State, np.ndarray], jax.Array]:
-    """Runs a network; one function for all, so that networks of one shape are compiled once.
-
-    Made when it is first called, since the options hang on the device.
-    """
-    return jit_network(lambda forward, state, images: forward(state, images), static_argnums=0)
+def _run(
+    options: tuple[tuple[str, str | bool], ...],
+) -> Callable[[Forward, nnx.State, np.ndarray], jax.Array]:
+    """Runs a network; one function for all, so that networks of one shape are compiled once."""
+    return jax.jit(
+        lambda forward, state, images: forward(state, images),
+        static_argnums=0,
+        compiler_options=dict(options),
+    )

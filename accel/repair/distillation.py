@@ -16,6 +16,7 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,7 +27,6 @@ import numpy as np
 import optax
 from flax import nnx
 
-from accel.compiler import jit_network
 from accel.images import ArraySource, ImageSource, checked_fitting, full_batches, padded
 from accel.program import Program, specification, trace
 from accel.progress import Progress
@@ -353,14 +353,16 @@ class _Task:
             relative = error / jnp.where(energy > 0, energy, 1)
             return jnp.sum(weights.astype(error.dtype) * relative)
 
-        @jit_network
+        jit = partial(jax.jit, compiler_options=student.program.options)
+
+        @jit
         def step(trained, optimizer, given, taught, images, key):
             views = augment(images, key, flip=settings.flip, shift=settings.shift)
             loss, gradients = jax.value_and_grad(loss_of)(trained, given, taught, views)
             updates, optimizer = self.optimizer.update(gradients, optimizer, trained)
             return optax.apply_updates(trained, updates), optimizer, loss
 
-        self._step, self._squares = step, jit_network(squares)
+        self._step, self._squares = step, jit(squares)
         self._given = (student.program.parameters, teacher.program.parameters)
 
     def problem(self, seed: int, fitting: np.ndarray, images: np.ndarray) -> str:

@@ -19,7 +19,6 @@ import jax.extend.core as jex
 import jax.numpy as jnp
 import numpy as np
 
-from accel.compiler import jit_network
 from accel.images import padded, spread
 from accel.program import LayerCall, Program
 from accel.progress import Progress
@@ -94,7 +93,9 @@ def _moments(
     per_image = math.ceil(ROWS / len(images))
     jaxpr = program.jaxpr.replace(constvars=[], outvars=[call.input for call in calls])
     inputs = jex.jaxpr_as_fun(jex.ClosedJaxpr(jaxpr, ()))
-    jitted = jit_network(lambda parameters, images: inputs(*parameters, images))
+    jitted = jax.jit(
+        lambda parameters, images: inputs(*parameters, images), compiler_options=program.options
+    )
     samplers = [patch_sampler(program, call, batch_size) for call in calls]
     key = jax.random.key(seed)
     positions = [sample_positions(key, call, len(images), batch_size, per_image) for call in calls]

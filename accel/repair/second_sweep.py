@@ -37,7 +37,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from accel.compiler import jit_network
+from accel.compiler import network_options
 from accel.evaluation.forward import check_finite, forward_function, output_shape
 from accel.images import ArraySource, ImageSource, checked_fitting, full_batches, padded
 from accel.program import LayerCall, Program, named_layers, specification, trace
@@ -242,7 +242,6 @@ class _Task:
 
     Attributes:
         program: The accelerated network.
-        given: The parameters of the function that is differentiated.
         weights: A matrix a factor, ``[p (+ 1 with a bias), d]``.
         taught: The original network's parameters.
     """
@@ -277,16 +276,16 @@ class _Task:
         evaluated = nnx.clone(accelerated)
         evaluated.eval()
         self.graphdef, self.state = nnx.split(evaluated)
-        self.given = self.program.parameters
+        given = self.program.parameters
         self.places = _parameter_places(self.program, self.state, self.calls)
         self.weights = [
-            _matrix(self.given[kernel], None if bias is None else self.given[bias])
+            _matrix(given[kernel], None if bias is None else given[bias])
             for kernel, bias in self.places
         ]
         self.fitted, self.held_out = images[fitting], images[~fitting]
         forward, state = forward_function(original)
         self.taught = jax.tree.leaves(state)
-        jitted = jit_network(forward)
+        jitted = jax.jit(forward, compiler_options=network_options(original))
 
         def answers(images: np.ndarray) -> np.ndarray:
             found = []
@@ -313,7 +312,8 @@ class _Task:
             errors = jnp.square(found.astype(jnp.float32) - wanted).reshape(batch_size, -1)
             return jnp.sum(errors * mask[:, None])
 
-        self._squares, self._gradient = jit_network(squares), jit_network(jax.grad(squares))
+        jit = functools.partial(jax.jit, compiler_options=self.program.options)
+        self._squares, self._gradient = jit(squares), jit(jax.grad(squares))
 
     def _parameters(self, weights: Weights, given: Sequence[Any]) -> list[Any]:
         """The program's parameters ``given``, but with these weights of the factors."""
@@ -328,7 +328,7 @@ class _Task:
 
     def with_weights(self, weights: Weights) -> nnx.Module:
         """A copy of the accelerated network with these weights of the factors."""
-        parameters = self._parameters(weights, self.given)
+        parameters = self._parameters(weights, self.program.parameters)
         structure = jax.tree.structure(self.state)
         leaves = parameters[len(parameters) - structure.num_leaves :]
         return nnx.merge(self.graphdef, jax.tree.unflatten(structure, leaves), copy=True)
@@ -369,7 +369,7 @@ class _Task:
     def error(self, weights: Weights) -> float:
         """R on the images that are not used for fitting."""
         total = sum(
-            float(self._squares(weights, self.given, *batch))
+            float(self._squares(weights, self.program.parameters, *batch))
             for batch in self._batches(self.held_out, self.held_out_answers)
         )
         return total / self.held_out_energy
@@ -378,7 +378,7 @@ class _Task:
         """C of each factor, on the images that are fitted to."""
         sums = [jnp.zeros_like(matrix) for matrix in weights]
         for batch in self._batches(self.fitted, self.fitted_answers):
-            found = self._gradient(weights, self.given, *batch)
+            found = self._gradient(weights, self.program.parameters, *batch)
             sums = [a - b / (2 * self.energy) for a, b in zip(sums, found, strict=True)]
             progress.advance(int(batch[-1].sum()))
         return sums
