@@ -91,12 +91,15 @@ def test_answers_are_computed_once_as_far_as_they_are_kept(monkeypatch, residual
     )
     ran = []
 
-    def counted(forward, state, batch):
-        ran.append(state is answers.state)
-        return run(forward, state, batch)
+    def counted(options):
+        def run(forward, state, batch):
+            ran.append(state is answers.state)
+            return uncounted(options)(forward, state, batch)
 
-    run = evaluation_answers._run(())
-    monkeypatch.setattr(evaluation_answers, "_run", lambda options: counted)
+        return run
+
+    uncounted = evaluation_answers._run
+    monkeypatch.setattr(evaluation_answers, "_run", counted)
     answers = Answers(residual, kept_bytes=kept_bytes)
     found = (
         accuracy(answers, images, batch_size=5),
