@@ -5,7 +5,8 @@
 The network of the config and the one that the plan of a run (its ``report.json``) makes of it, both
 with drawn weights, are timed in turns in several forms: as ``jax.jit`` runs them, with weights
 inside the program, as ``accel.compile_inference`` compiles them, and with what else was tried: 1×1
-convolutions as products of matrices, and ranks filled up to multiples of 8 or 16. The device should
+convolutions as products of matrices, and ranks filled up to multiples of 8 or 16. So are their
+gradients by all weights, as ``jax.jit`` compiles them and as training here does. The device should
 have nothing else to do.
 """
 
@@ -25,6 +26,7 @@ from flax import nnx
 
 from accel.batch_norm import find_foldable, fold_batch_norm
 from accel.benchmark import time_rounds
+from accel.compiler import Options, network_options
 from accel.configuration import load_config
 from accel.evaluation.forward import forward_function
 from accel.experiment import Experiment
@@ -48,7 +50,8 @@ class Measurement:
         out: The file to write; must not exist. The table of it goes beside it.
         batch_sizes: Images per batch.
         repeats: Most runs of each form.
-        seconds: Time for all timed runs at a batch size.
+        seconds: Time for all timed runs at a batch size, of the networks, and as much again of
+            their gradients.
     """
 
     config: tyro.conf.Positional[Path]
@@ -79,10 +82,11 @@ def main() -> int:
         "batches": {},
     }
     for batch_size in asked.batch_sizes:
-        forms = runs(original, layers, (batch_size, *shape))
-        print(f"timing {len(forms)} forms at batch {batch_size}", file=sys.stderr)
-        with kept_memory():
-            times = time_rounds(forms, asked.repeats, asked.seconds)
+        times: dict[str, list[float]] = {}
+        for forms in runs(original, layers, (batch_size, *shape)):
+            print(f"timing {len(forms)} forms at batch {batch_size}", file=sys.stderr)
+            with kept_memory():
+                times |= time_rounds(forms, asked.repeats, asked.seconds)
         found["batches"][str(batch_size)] = {
             name: dict(zip(("low_ms", "median_ms", "high_ms"), quartiles, strict=True))
             for name, quartiles in (
@@ -97,8 +101,8 @@ def main() -> int:
 
 def runs(
     original: nnx.Module, layers: list[LayerPlan], shape: tuple[int, ...]
-) -> dict[str, Callable[[], Any]]:
-    """What runs each network in each form once, by ``NETWORK: FORM``."""
+) -> tuple[dict[str, Callable[[], Any]], dict[str, Callable[[], Any]]]:
+    """What runs each network in each form once, by ``NETWORK: FORM``, and likewise its gradient."""
     images = jax.device_put(np.random.default_rng(0).standard_normal(shape, np.float32))
     evaluated = nnx.clone(original)
     evaluated.eval()
@@ -117,6 +121,7 @@ def runs(
         return lambda: jax.block_until_ready(function(*arguments, images))
 
     forms: dict[str, Callable[[], Any]] = {}
+    gradients: dict[str, Callable[[], Any]] = {}
     accelerated = planned()
     for name, network in (("original", original), ("accelerated", accelerated)):
         forward, state = forward_function(network)
@@ -124,6 +129,8 @@ def runs(
         function, arguments = with_weights(forward, state)
         forms[f"{name}: weights inside the program"] = bound(jax.jit(function), *arguments)
         forms[f"{name}: {COMPILED}"] = bound(compile_inference(network, shape))
+        for form, options in (("jax.jit", None), ("accel", network_options(network))):
+            gradients[f"{name}: gradient, {form}"] = bound(*gradient(network, options))
     others = {
         "and 1×1 as products of matrices": with_products(accelerated),
         "and ranks in steps of 8": planned(8),
@@ -131,7 +138,19 @@ def runs(
     }
     for name, network in others.items():
         forms[f"accelerated: {name}"] = bound(compile_inference(network, shape))
-    return forms
+    return forms, gradients
+
+
+def gradient(network: nnx.Module, options: Options | None) -> tuple[Callable[..., Any], Any, Any]:
+    """The jitted gradient of the sum of squares of the outputs, and its first two arguments."""
+    evaluated = nnx.clone(network)
+    evaluated.eval()
+    graphdef, parameters, rest = nnx.split(evaluated, nnx.Param, ...)
+
+    def squares(parameters: Any, rest: Any, images: jax.Array) -> jax.Array:
+        return jax.numpy.sum(jax.numpy.square(nnx.merge(graphdef, parameters, rest)(images)))
+
+    return jax.jit(jax.grad(squares), compiler_options=options), parameters, rest
 
 
 def with_products(network: nnx.Module) -> nnx.Module:
