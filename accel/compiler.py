@@ -11,8 +11,9 @@ Options = dict[str, str | bool]
 
 # XLA (jaxlib 0.10 and 0.11) hands convolutions, products of matrices and what stands between them
 # to its library YNNPACK, several layers at a time. An empty list leaves them to Eigen, which is
-# faster (scripts/measure_runtime_forms.py), for gradients by kernels above all; only convolutions
-# of single channels take it twice as long.
+# faster (scripts/measure_runtime_forms.py), for gradients by kernels above all. It is slower at
+# convolutions that read few channels: depthwise ones, which can be most of a network, and the first
+# one of a network, which is little of it.
 _WITHOUT_YNNPACK: Options = {"xla_cpu_experimental_ynn_fusion_type": ""}
 
 

@@ -9,9 +9,8 @@ blocks above 64 MiB ``use_one_pool`` as well, which a program has to call before
 command line does). On other devices nothing of the kind has been measured, and weights are
 arguments.
 
-Also tried there, and no gain over convolutions by Eigen: thin kernels as products of matrices, what
-their taps see laid side by side (faster only than YNNPACK's, by up to four times), and ranks filled
-up to multiples of 4, 8 or 16.
+Also tried there, and no gain over convolutions by Eigen: 1×1 convolutions as products of matrices,
+and ranks filled up to multiples of 8 or 16 (scripts/measure_runtime_forms.py).
 """
 
 from __future__ import annotations
