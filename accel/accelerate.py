@@ -31,7 +31,13 @@ from accel.network_reconstruction import Result, check_reconstruction, reconstru
 from accel.progress import Progress
 from accel.rank_selection import Rules, check_speedup
 from accel.reconstruction import JOINT
-from accel.selection import MEASURED_ERROR, check_rank_selection, select_ranks
+from accel.selection import (
+    MEASURED_ERROR,
+    check_rank_multiple,
+    check_rank_selection,
+    select_ranks,
+    with_rank_multiple,
+)
 from accel.solvers import Solver
 
 
@@ -45,6 +51,7 @@ def accelerate(
     solver: str | Solver = "alternating",
     asymmetric: bool = True,
     rank_selection: str = MEASURED_ERROR,
+    rank_multiple: int = 1,
     rules: Rules | None = None,
     dense_speedup: float | None = None,
     latency_speedup: float | None = None,
@@ -81,6 +88,8 @@ def accelerate(
             network, instead of those of the original.
         rank_selection: How ranks are chosen: ``measured_error``, or by energies
             (``RANK_SELECTION``) for a single kind of chain.
+        rank_multiple: Ranks that ``measured_error`` chooses are multiples of this, which the
+            vectors and tiles of devices are full at; those that rules fix need not be.
         rules: Layers by path pattern that stay ``"dense"`` or get a fixed rank.
         dense_speedup: Multiply-accumulates of all dense layers (``nnx.Linear``) now over those
             wanted: a budget apart from that of the convolutions. None leaves dense layers alone.
@@ -113,6 +122,7 @@ def accelerate(
             the layer, pattern or argument.
     """
     check_rank_selection(rank_selection, layer_kinds(decompositions, dense_speedup is not None))
+    check_rank_multiple(rank_multiple, rank_selection)
     if dense_speedup is not None:
         check_speedup("dense_speedup", dense_speedup)
     resume = None if resume is None else Path(resume)
@@ -147,7 +157,8 @@ def accelerate(
     if rank_selection == MEASURED_ERROR or reconstruction == JOINT:
         sensitivity = measure_sensitivity(calibration, progress=progress)
     if rank_selection == MEASURED_ERROR:
-        curves = measure_errors(calibration, sensitivity, progress=progress)
+        measured = measure_errors(calibration, sensitivity, progress=progress)
+        curves = with_rank_multiple(calibration, measured, rank_multiple, rules=rules)
     reconstructed = partial(
         reconstruct,
         reconstruction=reconstruction,
@@ -194,6 +205,7 @@ def accelerate(
         **(budget.given or {"speedup": speedup}),
         **found,
         "rank_selection": rank_selection,
+        "rank_multiple": rank_multiple,
         "rules": dict(rules or {}),
         "dense_speedup": dense_speedup,
         "positions_per_image": positions_per_image,

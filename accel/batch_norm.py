@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from accel.program import named_layers, path_name, specification, trace
+from accel.interpreter import specification
+from accel.program import named_layers, path_name, trace
 
 
 class Identity(nnx.Module):

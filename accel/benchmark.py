@@ -22,10 +22,11 @@ from accel.device_times import layer_seconds
 from accel.evaluation.forward import check_dtype, in_dtype
 from accel.files import write_whole
 from accel.inference import Inference, compile_inference, with_any_weights
+from accel.interpreter import specification
 from accel.memory import kept_memory, page_faults
 from accel.peers import onnx_runner, torch_runner
 from accel.plan import AccelerationPlan, LayerPlan
-from accel.program import Program, named_layers, specification, trace
+from accel.program import Program, named_layers, trace
 from accel.progress import Progress
 from accel.report.benchmark import (
     BatchBenchmark,

@@ -26,8 +26,9 @@ from accel.images import (
     image_groups,
     split_images,
 )
+from accel.interpreter import specification
 from accel.memory import available_bytes, resident_bytes
-from accel.program import LayerCall, Program, named_layers, path_name, specification, trace
+from accel.program import LayerCall, Program, named_layers, path_name, trace
 from accel.progress import Progress
 from accel.rank_selection import Rules, apply_rules
 from accel.runs import AcceleratedRun, OriginalRun, patch_size, sample_positions

@@ -32,9 +32,10 @@ from accel.error_curves import ErrorCurve
 from accel.evaluation.forward import forward_function
 from accel.files import write_whole
 from accel.inference import with_any_weights, with_weights
+from accel.interpreter import specification
 from accel.memory import keep_free_memory, kept_memory, one_pool
 from accel.plan import LayerPlan
-from accel.program import LayerCall, specification
+from accel.program import LayerCall
 from accel.progress import Progress
 from accel.rank_selection import Candidate
 from accel.report.environment import device_name, versions

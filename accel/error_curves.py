@@ -14,6 +14,7 @@ so that one set of curves serves every budget.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -26,8 +27,9 @@ from jaxtyping import Array, Float, Float64
 from accel.decompositions import Decomposition, Structure
 from accel.decompositions.split import Cutter
 from accel.images import ArraySource
+from accel.interpreter import specification
 from accel.plan import LayerPlan
-from accel.program import LayerCall, Program, specification
+from accel.program import LayerCall, Program
 from accel.progress import Progress
 from accel.rank_selection import Candidate
 from accel.runs import AcceleratedRun, sample_positions
@@ -62,6 +64,14 @@ class ErrorCurve:
     candidates: tuple[Candidate, ...]
     macs: np.ndarray
     errors: Float64[np.ndarray, " k"]
+
+    def chosen(self, kept: Sequence[bool]) -> ErrorCurve:
+        """The curve of some of the candidates: those whose place in ``kept`` is True."""
+        return ErrorCurve(
+            tuple(itertools.compress(self.candidates, kept)),
+            self.macs[np.flatnonzero(kept)],
+            self.errors[np.flatnonzero(kept)],
+        )
 
     def of(self, layer: LayerPlan) -> float:
         """The error that a layer causes with what a plan makes of it: 0 where it stays as it is.

@@ -67,6 +67,7 @@ class Experiment:
         solver: Name of the solver.
         asymmetric: Whether layers are fitted to the accelerated network's inputs.
         rank_selection: Name of the rank selection.
+        rank_multiple: Ranks that it chooses are multiples of this.
         rules: Layers by path pattern: ``dense``, or a rank.
         dense_speedup: Speedup of the dense layers, in their own MACs; None leaves them alone.
         latency_speedup, latency_ms, latency_batch, parameter_ratio: Other budgets, in place of
@@ -98,6 +99,7 @@ class Experiment:
     solver: str = "alternating"
     asymmetric: bool = True
     rank_selection: str = MEASURED_ERROR
+    rank_multiple: int = 1
     rules: Rules = dataclasses.field(default_factory=dict)
     dense_speedup: float | None = None
     latency_speedup: float | None = None
@@ -130,6 +132,7 @@ class Experiment:
             positions_per_image=4,
             decompositions=self.decompositions[:1],
             rank_selection="exact_energy" if by_errors else self.rank_selection,
+            rank_multiple=1,
             second_sweep=min(1, self.second_sweep),
             distillation=self.distillation and dataclasses.replace(self.distillation, epochs=1),
             latency_seconds=2.0,
@@ -179,6 +182,7 @@ class Experiment:
             solver=self.solver,
             asymmetric=self.asymmetric,
             rank_selection=self.rank_selection,
+            rank_multiple=self.rank_multiple,
             rules=self.rules,
             dense_speedup=self.dense_speedup,
             latency_speedup=self.latency_speedup,

@@ -3,11 +3,11 @@
 What was found by measurement on CPU (XLA of jaxlib 0.10, the body of VGG-16, two cores): where
 weights are constants of the program the compiler packs them once; where they are arguments it packs
 them anew at every run, which costs the narrow layers of an accelerated network most. Convolutions
-run faster by Eigen than joined with others by YNNPACK (``accel.compiler``). Memory that a run frees
-has to stay with the process, or the next one begins with page faults (``keep_free_memory``; for
-blocks above 64 MiB ``use_one_pool`` as well, which a program has to call before JAX is used, as the
-command line does). On other devices nothing of the kind has been measured, and weights are
-arguments.
+run faster by Eigen than joined with others by YNNPACK (``accel.compiler``), maximum pooling as the
+maximum of slices (``accel.pooling``). Memory that a run frees has to stay with the process, or the
+next one begins with page faults (``keep_free_memory``; for blocks above 64 MiB ``use_one_pool`` as
+well, which a program has to call before JAX is used, as the command line does). On other devices
+nothing of the kind has been measured, and weights are arguments.
 
 Also tried there, and no gain over convolutions by Eigen: 1×1 convolutions as products of matrices,
 and ranks filled up to multiples of 8 or 16 (scripts/measure_runtime_forms.py).
@@ -28,6 +28,7 @@ from flax import nnx
 from accel.compiler import network_options
 from accel.evaluation.forward import Forward, forward_function
 from accel.memory import keep_free_memory
+from accel.pooling import with_sliced_pooling
 
 # Beyond this much, compiling a program with its weights inside takes too long (about 10 s for half
 # of it) and several times the memory.
@@ -74,6 +75,8 @@ def compile_inference(
     images = jax.ShapeDtypeStruct(tuple(shape), np.float32)
     start = time.perf_counter()
     function, arguments = with_weights(forward, state)
+    if jax.default_backend() == "cpu":
+        function = with_sliced_pooling(function)
     program = jax.jit(function).lower(*arguments, images).compile(network_options(model))
     return Inference(images.shape, program, arguments, time.perf_counter() - start)
 

@@ -20,10 +20,10 @@ from accel.calibration import Calibration
 from accel.device_times import LayerTimes, measure_times
 from accel.error_curves import ErrorCurve
 from accel.inference import compile_inference
+from accel.interpreter import specification
 from accel.measurements import measure_errors
 from accel.memory import kept_memory
 from accel.plan import AccelerationPlan
-from accel.program import specification
 from accel.progress import Progress
 from accel.rank_selection import Candidate, Rules, check_speedup
 from accel.selection import least_seconds, select_by_time

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from typing import Any
 
@@ -21,17 +21,20 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from accel.compiler import Options, network_options
+from accel.interpreter import (
+    INLINED_CALLS,
+    equations_inside,
+    evaluated,
+    inner_programs,
+    interpret,
+    read,
+    specification,
+    variables_of,
+)
 from accel.solvers.activations import ACTIVATIONS, IDENTITY, RELU, Activation
 
 Path = str
 Segment = Callable[[Sequence[jax.Array], Sequence[jax.Array]], list[jax.Array]]
-
-# Calls whose body may be written out in place without changing what is computed. A body inside
-# control flow (scan, while, cond) runs any number of times and is left alone.
-INLINED_CALLS = frozenset(
-    {"jit", "pjit", "closed_call", "core_call", "remat", "remat2", "checkpoint"}
-    | {"custom_jvp_call", "custom_vjp_call"}
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,8 +90,8 @@ class Program:
         """What must be known to run on from ``call``: its input, and all that is used after it."""
         parameters = set(self.jaxpr.invars[:-1])
         before = {self.images}.union(*(eqn.outvars for eqn in self.jaxpr.eqns[: call.start]))
-        after = {v: None for eqn in self.jaxpr.eqns[call.stop :] for v in _variables(eqn.invars)}
-        after |= dict.fromkeys(_variables(self.jaxpr.outvars))
+        after = {v: None for eqn in self.jaxpr.eqns[call.stop :] for v in variables_of(eqn.invars)}
+        after |= dict.fromkeys(variables_of(self.jaxpr.outvars))
         kept = (v for v in after if v in before and v not in parameters and v is not call.input)
         return (call.input, *kept)
 
@@ -106,11 +109,11 @@ class Program:
             values = dict(zip(self.jaxpr.invars, (*parameters, images), strict=True))
             for equation in self.jaxpr.eqns:
                 for variable, value in zip(
-                    equation.outvars, _evaluated(self.jaxpr, equation, values), strict=True
+                    equation.outvars, evaluated(self.jaxpr, equation, values), strict=True
                 ):
                     known = variable in places
                     values[variable] = value + places[variable] if known else value
-            return [_read(atom, values) for atom in self.jaxpr.outvars]
+            return [read(atom, values) for atom in self.jaxpr.outvars]
 
         return run
 
@@ -118,9 +121,9 @@ class Program:
         """Whether the program's outputs are computed from a variable."""
         reached = {variable}
         for equation in self.jaxpr.eqns:
-            if not reached.isdisjoint(_variables(equation.invars)):
+            if not reached.isdisjoint(variables_of(equation.invars)):
                 reached.update(equation.outvars)
-        return not reached.isdisjoint(_variables(self.jaxpr.outvars))
+        return not reached.isdisjoint(variables_of(self.jaxpr.outvars))
 
     def segment(
         self, given: Sequence[jex.Var], wanted: Sequence[jex.Var]
@@ -137,7 +140,7 @@ class Program:
             if needed.intersection(equation.outvars):
                 equations.append(equation)
                 needed.difference_update(equation.outvars)
-                needed.update(set(_variables(equation.invars)) - set(given))
+                needed.update(set(variables_of(equation.invars)) - set(given))
         indices = [i for i, v in enumerate(self.jaxpr.invars[:-1]) if v in needed]
         inputs = [self.jaxpr.invars[i] for i in indices]
         if unknown := needed - set(inputs):
@@ -152,12 +155,6 @@ class Program:
         return (lambda parameters, values: run(*parameters, *values)), tuple(
             self.parameters[i] for i in indices
         )
-
-
-def specification(variable: jex.Var) -> jax.ShapeDtypeStruct:
-    """Shape and type of what a variable holds."""
-    value: Any = variable.aval
-    return jax.ShapeDtypeStruct(value.shape, value.dtype)
 
 
 def path_name(parts: Sequence[Any]) -> Path:
@@ -204,7 +201,9 @@ def trace(model: nnx.Module, images: Any, kinds: tuple[type, ...] = (nnx.Conv,))
             f"{type(model).__name__} cannot be called with images of shape {images.shape} and type"
             f" {images.dtype}: {error}"
         ) from error
-    flat = jax.make_jaxpr(lambda *arguments: _written_out(traced, arguments))(*values, specified)
+    flat = jax.make_jaxpr(lambda *arguments: interpret(traced, arguments, _is_mark))(
+        *values, specified
+    )
     # Constants of the trace (arrays that the author closed over) become parameters like others.
     jaxpr = flat.jaxpr.replace(
         constvars=[],
@@ -231,63 +230,8 @@ def _mark(equation: jex.JaxprEqn) -> str | None:
     return name if name.startswith(("in:", "out:")) else None
 
 
-def _variables(atoms: Sequence[Any]) -> Iterator[jex.Var]:
-    return (atom for atom in atoms if not isinstance(atom, jex.Literal))
-
-
-def _inner_programs(equation: jex.JaxprEqn) -> Iterator[jex.ClosedJaxpr]:
-    for value in jax.tree.leaves(
-        list(equation.params.values()),
-        is_leaf=lambda leaf: isinstance(leaf, (jex.Jaxpr, jex.ClosedJaxpr)),
-    ):
-        if isinstance(value, jex.ClosedJaxpr):
-            yield value
-        elif isinstance(value, jex.Jaxpr):
-            yield jex.ClosedJaxpr(value, ())
-
-
-def _marks_inside(program: jex.ClosedJaxpr) -> Iterator[str]:
-    for equation in program.jaxpr.eqns:
-        if (mark := _mark(equation)) is not None:
-            yield mark
-        for inner in _inner_programs(equation):
-            yield from _marks_inside(inner)
-
-
-def _written_out(program: jex.ClosedJaxpr, arguments: Sequence[Any]) -> list[Any]:
-    """Runs a program with the calls that hold a mark written out in place."""
-    jaxpr = program.jaxpr
-    values: dict[jex.Var, Any] = dict(
-        zip((*jaxpr.constvars, *jaxpr.invars), (*program.consts, *arguments), strict=True)
-    )
-
-    for equation in jaxpr.eqns:
-        inner = list(_inner_programs(equation))
-        if (
-            equation.primitive.name in INLINED_CALLS
-            and len(inner) == 1
-            and any(_marks_inside(inner[0]))
-        ):
-            outputs = _written_out(inner[0], [_read(atom, values) for atom in equation.invars])
-        else:
-            outputs = _evaluated(jaxpr, equation, values)
-        values.update(zip(equation.outvars, outputs, strict=True))
-    return [_read(atom, values) for atom in jaxpr.outvars]
-
-
-def _read(atom: Any, values: Mapping[jex.Var, Any]) -> Any:
-    return atom.val if isinstance(atom, jex.Literal) else values[atom]
-
-
-def _evaluated(
-    jaxpr: jex.Jaxpr, equation: jex.JaxprEqn, values: Mapping[jex.Var, Any]
-) -> list[Any]:
-    """What one equation of a program returns."""
-    variables = list(dict.fromkeys(_variables(equation.invars)))
-    single = jaxpr.replace(
-        constvars=[], invars=variables, outvars=list(equation.outvars), eqns=[equation]
-    )
-    return jex.jaxpr_as_fun(jex.ClosedJaxpr(single, ()))(*(values[v] for v in variables))
+def _is_mark(equation: jex.JaxprEqn) -> bool:
+    return _mark(equation) is not None
 
 
 def _find_calls(
@@ -299,7 +243,8 @@ def _find_calls(
         if (mark := _mark(equation)) is not None:
             positions.setdefault(mark, []).append(index)
         else:
-            hidden.update(m for inner in _inner_programs(equation) for m in _marks_inside(inner))
+            inside = (e for inner in inner_programs(equation) for e in equations_inside(inner))
+            hidden.update(filter(None, map(_mark, inside)))
 
     calls: list[LayerCall] = []
     left_out: dict[Path, str] = {}
@@ -313,7 +258,7 @@ def _find_calls(
             left_out[path] = f"called {len(starts)} times with the same weights"
         else:
             (start,), (stop,) = starts, stops
-            (given,) = _variables(jaxpr.eqns[start].invars)
+            (given,) = variables_of(jaxpr.eqns[start].invars)
             output = jaxpr.eqns[stop].outvars[0]
             expected = jax.eval_shape(layer, specification(given))
             if expected.shape != specification(output).shape:
@@ -338,7 +283,7 @@ def _activation(jaxpr: jex.Jaxpr, output: jex.Var, stop: int) -> tuple[Activatio
     inside = {output}
     region: list[jex.JaxprEqn] = []
     for equation in jaxpr.eqns[stop:]:
-        given = list(_variables(equation.invars))
+        given = list(variables_of(equation.invars))
         # What is given nothing, such as a constant, is no part of it.
         if not given or not inside.issuperset(given):
             continue
@@ -365,7 +310,7 @@ def _leave(jaxpr: jex.Jaxpr, region: Sequence[jex.JaxprEqn], variables: set[jex.
     return any(
         v in variables
         for atoms in (jaxpr.outvars, *(equation.invars for equation in others))
-        for v in _variables(atoms)
+        for v in variables_of(atoms)
     )
 
 
@@ -391,7 +336,7 @@ def _is_relu(equation: jex.JaxprEqn) -> bool:
     if equation.primitive.name == "max":
         constants = [atom.val for atom in equation.invars if isinstance(atom, jex.Literal)]
         return len(constants) == 1 and not np.any(constants[0])
-    inner = list(_inner_programs(equation))
+    inner = list(inner_programs(equation))
     if equation.primitive.name not in INLINED_CALLS or len(inner) != 1:
         return False
     body = inner[0].jaxpr

@@ -25,7 +25,8 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from accel.images import ImageSource, full_batches
-from accel.program import LayerCall, Program, specification
+from accel.interpreter import specification
+from accel.program import LayerCall, Program
 
 
 def outputs_per_image(call: LayerCall, batch_size: int) -> int:

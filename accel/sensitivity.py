@@ -29,7 +29,8 @@ import numpy as np
 from jaxtyping import Array, Float, Float64
 
 from accel.images import ArraySource, full_batches
-from accel.program import LayerCall, Program, specification
+from accel.interpreter import specification
+from accel.program import LayerCall, Program
 from accel.progress import Progress
 from accel.solvers.linear_algebra import contract
 

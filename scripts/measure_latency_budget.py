@@ -30,12 +30,12 @@ from accel.error_curves import ErrorCurve
 from accel.experiment import Experiment
 from accel.files import write_whole
 from accel.inference import compile_inference
+from accel.interpreter import specification
 from accel.latency_budget import select_for_latency
 from accel.measurements import measure_errors, measure_sensitivity
 from accel.memory import kept_memory, use_one_pool
 from accel.network_reconstruction import reconstruct
 from accel.plan import AccelerationPlan
-from accel.program import specification
 from accel.progress import LineProgress
 from accel.report.environment import command_line, device_name, versions
 from accel.selection import select_ranks

@@ -4,10 +4,10 @@
 
 The network of the config and the one that the plan of a run (its ``report.json``) makes of it, both
 with drawn weights, are timed in turns in several forms: as ``jax.jit`` runs them, with weights
-inside the program, as ``accel.compile_inference`` compiles them, and with what else was tried: 1×1
-convolutions as products of matrices, and ranks filled up to multiples of 8 or 16. So are their
-gradients by all weights, as ``jax.jit`` compiles them and as training here does. The device should
-have nothing else to do.
+inside the program, with convolutions by Eigen (on CPU), as ``accel.compile_inference`` does it,
+which also pools by slices, and with what else was tried: 1×1 convolutions as products of matrices,
+and ranks filled up to multiples of 8 or 16. So are their gradients by all weights, as ``jax.jit``
+compiles them and as training here does. The device should have nothing else to do.
 """
 
 from __future__ import annotations
@@ -128,6 +128,8 @@ def runs(
         forms[f"{name}: jax.jit"] = bound(jax.jit(forward), state)
         function, arguments = with_weights(forward, state)
         forms[f"{name}: weights inside the program"] = bound(jax.jit(function), *arguments)
+        by_eigen = jax.jit(function, compiler_options=network_options(network))
+        forms[f"{name}: and convolutions by Eigen"] = bound(by_eigen, *arguments)
         forms[f"{name}: {COMPILED}"] = bound(compile_inference(network, shape))
         for form, options in (("jax.jit", None), ("accel", network_options(network))):
             gradients[f"{name}: gradient, {form}"] = bound(*gradient(network, options))

@@ -249,6 +249,11 @@ class NoConvolution(nnx.Module):
         (bad(speedup=1000.0), "largest reachable speedup is"),
         (bad(solver="magic"), "unknown solver 'magic'; known: pca"),
         (bad(rank_selection="magic"), "unknown rank selection 'magic'"),
+        (bad(rank_multiple=0), "rank_multiple is 1 or more, found 0"),
+        (
+            bad(rank_multiple=8, **PAIRS),
+            "rank_multiple needs measured_error, found exact_energy",
+        ),
         (bad(decompositions="magic"), "unknown decomposition 'magic'; known: channel"),
         (bad(rules={"nothing*": "dense"}), r"rule 'nothing\*' matches no layer"),
         (bad(images=IMAGES[:1]), "needs 2 images or more, found 1"),

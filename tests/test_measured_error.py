@@ -14,6 +14,7 @@ import accel
 from accel import calibrate, measure_errors, select_ranks
 from accel.decompositions import DECOMPOSITIONS
 from accel.rank_selection import Candidate, LayerErrors, measured_error
+from accel.selection import with_rank_multiple
 
 IMAGES = networks.images(40)
 KINDS = ("channel", "spatial")
@@ -144,6 +145,36 @@ class OneChannelHead(nnx.Module):
 
     def __call__(self, x):
         return self.head(nnx.relu(self.body(x)))
+
+
+def test_ranks_are_multiples_of_what_was_asked_for(measured):
+    calibration, curves = measured
+    kept = with_rank_multiple(calibration, curves, 4, rules={"first": 3})
+    for path, curve in kept.items():
+        if path == "first":
+            assert curve is curves[path]
+            continue
+        assert all(rank % 4 == 0 for chain in curve.candidates for rank in chain.ranks)
+        # Nothing else has changed, and nothing is missing.
+        everything, left = (
+            list(zip(c.candidates, c.macs, c.errors, strict=True)) for c in (curves[path], curve)
+        )
+        assert left == [row for row in everything if all(rank % 4 == 0 for rank in row[0].ranks)]
+    plan = select_ranks(calibration, 1.5, curves=kept, rules={"first": 3})
+    chosen = {layer.path: layer for layer in plan.layers if layer.decomposition is not None}
+    assert len(chosen) > 1
+    assert chosen.pop("first").ranks[0] == 3
+    assert all(rank % 4 == 0 for layer in chosen.values() for rank in layer.ranks)
+    assert with_rank_multiple(calibration, curves, 1) is curves
+
+
+def test_a_network_is_accelerated_with_ranks_in_steps():
+    result = accel.accelerate(networks.network("chain"), IMAGES, 1.5, rank_multiple=2)
+    ranks = [rank for layer in result.plan.layers for rank in layer.ranks]
+    assert ranks
+    assert all(rank % 2 == 0 for rank in ranks)
+    assert result.report.settings["rank_multiple"] == 2
+    assert result.report.macs["speedup"] >= 1.5
 
 
 def test_a_layer_that_no_chain_makes_cheaper_stays_dense_and_no_cache_is_needed():

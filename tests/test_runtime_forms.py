@@ -29,7 +29,7 @@ def test_every_form_is_timed_and_told(forms, tmp_path, monkeypatch, capsys):
     assert forms.main() == 0
     found = json.loads(out.read_text())
     rows = found["batches"]["2"]
-    assert len(rows) == 9 + 4
+    assert len(rows) == 11 + 4
     assert all(0 < row["low_ms"] <= row["median_ms"] <= row["high_ms"] for row in rows.values())
     table = out.with_suffix(".md").read_text()
     assert table in capsys.readouterr().out

@@ -28,7 +28,8 @@ import optax
 from flax import nnx
 
 from accel.images import ArraySource, ImageSource, checked_fitting, full_batches, padded
-from accel.program import Program, specification, trace
+from accel.interpreter import specification
+from accel.program import Program, trace
 from accel.progress import Progress
 from accel.repair.augmentation import augment
 from accel.repair.features import compared_layers

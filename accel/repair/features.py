@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
-from accel.program import LayerCall, Program, specification
+from accel.interpreter import specification
+from accel.program import LayerCall, Program
 
 
 def compared_layers(

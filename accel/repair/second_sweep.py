@@ -40,7 +40,8 @@ from flax import nnx
 from accel.compiler import network_options
 from accel.evaluation.forward import check_finite, forward_function, output_shape
 from accel.images import ArraySource, ImageSource, checked_fitting, full_batches, padded
-from accel.program import LayerCall, Program, named_layers, specification, trace
+from accel.interpreter import specification
+from accel.program import LayerCall, Program, named_layers, trace
 from accel.progress import Progress
 from accel.repair.kronecker import kronecker_preconditioner
 from accel.repair.state import load_state, problem_digest, save_state

@@ -8,9 +8,10 @@ from flax import nnx
 
 from accel.calibration import Calibration
 from accel.cost import count_conv_macs, count_dense_macs
+from accel.interpreter import specification
 from accel.memory import peak_bytes
 from accel.plan import AccelerationPlan
-from accel.program import path_name, specification
+from accel.program import path_name
 from accel.report.environment import device_name, versions
 from accel.report.report import LayerReport, Report
 

@@ -53,6 +53,8 @@ VARIED = (
 )
 # What no cell hangs on: times are measured apart from cells, when and where they are asked for.
 TIMING = ("latency_batches", "latency_seconds")
+# What folders of earlier versions do not tell of, and what they were made with.
+ADDED = {"inference_dtype": None, "rank_multiple": 1}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -252,7 +254,7 @@ def folder_record(table: Table, out: Path) -> dict[str, Any]:
 
     Settings that only what is there, or only what is asked for, hangs on stay and are added: stages
     with settings of their own can be asked for later. Earlier versions recorded ``TIMING``, too,
-    which is left out, and knew no ``inference_dtype``.
+    which is left out, and knew nothing of ``ADDED``.
 
     Raises:
         FileExistsError: If it holds results of another experiment, or anything else.
@@ -262,7 +264,8 @@ def folder_record(table: Table, out: Path) -> dict[str, Any]:
         found = json.loads(recorded.read_text())
         for name in TIMING:
             found.get("experiment", {}).pop(name, None)
-        found.get("experiment", {}).setdefault("inference_dtype", None)
+        for name, usual in ADDED.items():
+            found.get("experiment", {}).setdefault(name, usual)
         compared = {"table", "experiment", *(found.keys() & asked.keys())}
         if any(found.get(name) != asked[name] for name in compared):
             raise FileExistsError(
