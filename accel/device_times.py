@@ -3,7 +3,7 @@
 A layer is timed with the activation that follows inside a loop of one compiled program: no
 dispatch, and no fresh memory for its outputs, is in the time, as in the middle of a network. Of
 each kind of chain a few ranks are timed, round and other numbers apart; between them times are
-interpolated. What was timed once is kept on disk, by device, versions and shapes.
+interpolated over MACs. What was timed once is kept on disk, by device, versions and shapes.
 
 Times of layers do not quite add up to that of a network, whose compiler fuses across them. So
 ``accel.time_correction`` corrects them, and ``accel.latency_budget`` times each plan as a whole.
@@ -50,7 +50,7 @@ REPEATS = 3
 FORM = (
     "all outputs written, nothing copied; weights inside the program where inference has them there"
 )
-# Which chains are timed, as places among those of one kind by ascending rank, from first to last.
+# Which chains are timed, as places among those of one kind by ascending MACs, from first to last.
 SHARES = (0.0, 0.08, 0.25, 0.6, 1.0)
 # Chains of which all ranks are multiples of this fill vectors and tiles: on CPU a chain of rank 16
 # is faster than one of rank 14. They are timed apart from the others.
@@ -244,25 +244,29 @@ def measure_times(
             known.seconds, input_shape=shape, dtype=given.dtype, activation=call.activation
         )
         with kept_memory():
-            times[call.path] = _layer_times(call, curves[call.path].candidates, timed)
+            times[call.path] = _layer_times(call, curves[call.path], timed)
         known.save()
         progress.advance(1)
     return times
 
 
-def _layer_times(call: LayerCall, candidates: Sequence[Candidate], timed: Any) -> LayerTimes:
-    """The times of one layer; candidates of a kind stand together, by ascending rank."""
-    seconds = np.empty(len(candidates))
-    kinds = [candidate.decomposition for candidate in candidates]
-    steps = [all(rank % STEP == 0 for rank in candidate.ranks) for candidate in candidates]
+def _layer_times(call: LayerCall, curve: ErrorCurve, timed: Any) -> LayerTimes:
+    """The times of one layer."""
+    seconds = np.empty(len(curve.candidates))
+    kinds = [candidate.decomposition for candidate in curve.candidates]
+    steps = [all(rank % STEP == 0 for rank in candidate.ranks) for candidate in curve.candidates]
     groups = list(zip(kinds, steps, strict=True))
     for kind, step in dict.fromkeys(groups):
-        decomposition = DECOMPOSITIONS[kind]
-        where = [index for index, group in enumerate(groups) if group == (kind, step)]
-        chosen = sorted({where[round(share * (len(where) - 1))] for share in SHARES})
-        found = [timed(_chain(call, decomposition, candidates[index].ranks)) for index in chosen]
-        seconds[where] = np.interp(where, chosen, found)
-    return LayerTimes(timed(call.layer), tuple(candidates), seconds)
+        where = np.array([index for index, group in enumerate(groups) if group == (kind, step)])
+        where = where[np.argsort(curve.macs[where], kind="stable")]
+        chosen = sorted({round(share * (len(where) - 1)) for share in SHARES})
+        found = [
+            timed(_chain(call, DECOMPOSITIONS[kind], curve.candidates[where[place]].ranks))
+            for place in chosen
+        ]
+        # Chains of equal MACs and other balances of two ranks take nearly the same time.
+        seconds[where] = np.interp(curve.macs[where], curve.macs[where[chosen]], found)
+    return LayerTimes(timed(call.layer), curve.candidates, seconds)
 
 
 def _chain(call: LayerCall, decomposition: Decomposition, ranks: Sequence[int]) -> nnx.Module:

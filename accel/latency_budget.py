@@ -26,7 +26,7 @@ from accel.memory import kept_memory
 from accel.plan import AccelerationPlan
 from accel.progress import Progress
 from accel.rank_selection import Candidate, Rules, check_speedup
-from accel.selection import least_seconds, select_by_time
+from accel.selection import least_seconds, select_by_time, with_promising_chains
 from accel.time_correction import correct_times
 from accel.timed_plan import TimedPlan, sum_ms, time_plan
 
@@ -103,6 +103,7 @@ def select_for_latency(
     curves = measure_errors(calibration, progress=progress) if curves is None else curves
     calls = [call for call in calibration.calls if isinstance(call.layer, nnx.Conv)]
     if times is None:
+        curves = with_promising_chains(calibration, curves, rules=rules)
         measured = measure_times(
             calls,
             curves,

@@ -14,7 +14,7 @@ import accel
 from accel import calibrate, measure_errors, select_ranks
 from accel.decompositions import DECOMPOSITIONS
 from accel.rank_selection import Candidate, LayerErrors, measured_error
-from accel.selection import with_rank_multiple
+from accel.selection import BEATEN, with_promising_chains, with_rank_multiple
 
 IMAGES = networks.images(40)
 KINDS = ("channel", "spatial")
@@ -166,6 +166,59 @@ def test_ranks_are_multiples_of_what_was_asked_for(measured):
     assert chosen.pop("first").ranks[0] == 3
     assert all(rank % 4 == 0 for layer in chosen.values() for rank in layer.ranks)
     assert with_rank_multiple(calibration, curves, 1) is curves
+
+
+def test_chains_that_are_beaten_by_far_are_not_kept(measured):
+    calibration, curves = measured
+    rules = {"strided": 3}
+    kept = with_promising_chains(calibration, curves, rules=rules)
+    assert kept["strided"] is curves["strided"]
+    assert 0 < sum(len(c.macs) for c in kept.values()) < sum(len(c.macs) for c in curves.values())
+    for path, curve in curves.items():
+        left = set(kept[path].candidates)
+        for chain, macs, error in zip(curve.candidates, curve.macs, curve.errors, strict=True):
+            better = (kept[path].macs <= BEATEN * macs) & (kept[path].errors <= error)
+            assert path == "strided" or (chain in left) != better.any()
+    for speedup in (1.5, 2.5):
+        plans = [select_ranks(calibration, speedup, curves=c, rules=rules) for c in (curves, kept)]
+        assert plans[0] == plans[1]
+
+
+class FewInputs(nnx.Module):
+    """A layer that looks at 4 mixtures of its 16 inputs, and gives 16 mixtures of 10 outputs."""
+
+    def __init__(self, rngs):
+        self.stem = nnx.Conv(3, 16, (3, 3), rngs=rngs)
+        self.conv = nnx.Conv(16, 16, (3, 3), rngs=rngs)
+        orthogonal = nnx.initializers.orthogonal()
+        inputs, outputs = orthogonal(rngs.params(), (16, 4)), orthogonal(rngs.params(), (10, 16))
+        core = nnx.initializers.normal()(rngs.params(), (3, 3, 4, 10))
+        self.conv.kernel[...] = inputs @ core @ outputs
+
+    def __call__(self, x):
+        return self.conv(nnx.relu(self.stem(x)))
+
+
+def test_two_ranks_of_a_chain_are_chosen_apart():
+    calibration = calibrate(FewInputs(nnx.Rngs(0)), IMAGES, decompositions="tucker2")
+    curve = measure_errors(calibration)["conv"]
+    pairs = [candidate.ranks for candidate in curve.candidates]
+    assert len(set(pairs)) == len(pairs)
+    alike = np.array([first == second for first, second in pairs])
+    affordable = curve.macs <= 0.37 * calibration.macs["conv"]
+    best = int(np.argmin(np.where(affordable, curve.errors, np.inf)))
+    assert pairs[best][0] < pairs[best][1]
+    assert curve.errors[best] < 0.5 * curve.errors[affordable & alike].min()
+    # What is measured holds for the network: with this pair against the best of equal ranks.
+    errors = []
+    for index in (best, int(np.argmin(np.where(affordable & alike, curve.errors, np.inf)))):
+        layers = (accel.LayerPlan("stem"), accel.LayerPlan("conv", "tucker2", pairs[index]))
+        plan = accel.AccelerationPlan(layers, calibration.folded)
+        result = accel.reconstruct(calibration, plan, solver="reduced_rank_regression")
+        images = networks.images(60, seed=3)
+        expected = calibration.model(images)
+        errors.append(float(jnp.sum((result.model(images) - expected) ** 2)))
+    assert errors[0] < 0.5 * errors[1]
 
 
 def test_a_network_is_accelerated_with_ranks_in_steps():
