@@ -207,54 +207,45 @@ def _layer_curve(
     bias = 0 if call.layer.bias is None else np.asarray(call.layer.bias[...], np.float32)
     responses = held_out @ kernel + bias
     held_out = held_out - np.asarray(fit.patch_mean, np.float32)
-    candidates: list[Candidate] = []
-    costs, errors = [np.zeros(0, np.int64)], [np.zeros(0)]
     cutters: dict[tuple[int, ...] | None, Cutter] = {}
-    known: set[Candidate] = set()
+
+    def error(structure: Structure, ranks: tuple[int, ...]) -> float:
+        axes = structure.first_axes
+        if axes not in cutters:
+            width = _widest_first(call, decompositions, structure, dense_macs)
+            cutters[axes] = Cutter(structure, whitened, width, fit.metric)
+        change = whitened - cutters[axes].composed(structure, ranks)
+        seen = sensitivity.activations
+        return float(_output_error(held_out, responses, change, unwhiten, seen, call.activation))
+
+    errors: dict[Candidate, float] = {}
+    costs: dict[Candidate, int] = {}
     for decomposition in decompositions:
         if decomposition.unsuitable(call.layer) is not None:
             continue
         structure = decomposition.structure(call.layer)
         for chains in cheaper_chains(call, decomposition, dense_macs):
-            macs = np.array([macs_of(call, decomposition, ranks) for ranks in chains], np.int64)
-            cutter = cutters.get(structure.first_axes)
-            if cutter is None:
-                width = _widest_first(call, decompositions, structure, dense_macs)
-                cutter = Cutter(structure, whitened, width, fit.metric)
-                cutters[structure.first_axes] = cutter
-            last = len(chains) - 1
-            places = sorted(
-                {
-                    *(0, last),
-                    *(max(0, int(np.searchsorted(macs, s * dense_macs)) - 1) for s in SHARES),
-                }
-            )
-            found = [
-                float(
-                    _output_error(
-                        held_out,
-                        responses,
-                        whitened - cutter.composed(structure, chains[place]),
-                        unwhiten,
-                        sensitivity.activations,
-                        call.activation,
-                    )
-                )
-                for place in places
-            ]
+            macs = [macs_of(call, decomposition, ranks) for ranks in chains]
+            places = _measured_places(macs, dense_macs)
+            found = [error(structure, chains[place]) for place in places]
             # A dearer chain of the same kind can do all that a cheaper one can.
             found = np.maximum(np.minimum.accumulate(found), LEAST_ERROR)
-            kept = [
-                (place, candidate)
-                for place, ranks in enumerate(chains)
-                if (candidate := Candidate(decomposition.name, ranks)) not in known
-            ]
-            known.update(candidate for _, candidate in kept)
-            candidates += [candidate for _, candidate in kept]
-            where = [place for place, _ in kept]
-            costs.append(macs[where])
-            errors.append(np.exp(np.interp(where, places, np.log(found))))
-    return ErrorCurve(tuple(candidates), np.concatenate(costs), np.concatenate(errors))
+            every = np.exp(np.interp(range(len(chains)), places, np.log(found)))
+            for ranks, cost, loss in zip(chains, macs, every.tolist(), strict=True):
+                candidate = Candidate(decomposition.name, ranks)
+                # Those of two balances that are the same come from the first.
+                errors.setdefault(candidate, loss)
+                costs[candidate] = cost
+    return ErrorCurve(
+        tuple(errors), np.array(list(costs.values()), np.int64), np.array(list(errors.values()))
+    )
+
+
+def _measured_places(macs: Sequence[int], dense_macs: int) -> list[int]:
+    """Which of some chains, by ascending MACs, are measured."""
+    last = len(macs) - 1
+    shares = (max(0, int(np.searchsorted(macs, share * dense_macs)) - 1) for share in SHARES)
+    return sorted({0, last, *shares})
 
 
 @partial(jax.jit, static_argnames="activation")
