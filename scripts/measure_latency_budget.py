@@ -4,9 +4,10 @@
 
 On the experiment's network and images, for each batch size: how long timing the layers takes; what
 the plans for 2×, 3× and 4× deliver when they are timed once more, in turns with the original; what
-plans by MACs deliver; how well the corrected times of layers tell the time of random plans; and
-the error on the evaluation images of the 4× MAC plan and of a plan that was made to be as fast as
-that one was measured to be. The device should have nothing else to do.
+plans of 4× fewer MACs deliver, with any ranks and with ranks in steps of 8; how well the corrected
+times of layers tell the time of random plans; and the error on the evaluation images of the plans by
+MACs and of a plan by time that was made to be as fast as the first of them was measured to be. The
+device should have nothing else to do.
 """
 
 from __future__ import annotations
@@ -38,9 +39,12 @@ from accel.network_reconstruction import reconstruct
 from accel.plan import AccelerationPlan
 from accel.progress import LineProgress
 from accel.report.environment import command_line, device_name, versions
-from accel.selection import select_ranks, with_promising_chains
+from accel.selection import select_ranks, with_promising_chains, with_rank_multiple
 from accel.time_correction import correct_times, random_plans
 from accel.timed_plan import TimedPlan, time_plan
+
+# Plans of 4× fewer MACs, and what their ranks are multiples of.
+MAC_PLANS = {"by MACs": 1, "by MACs, ranks in steps of 8": 8}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +58,8 @@ class Measurement:
         speedups: Asked for.
         random_plans: How many random plans test the times of layers, per batch size.
         seconds: Time for timing one plan.
-        errors: Batch sizes at which the errors of both 4× plans are measured.
+        errors: Batch sizes at which errors are measured: of the plans of 4× fewer MACs, and of the
+            one by time that is as fast as the first of them.
     """
 
     experiment: Annotated[tyro.conf.AvoidSubcommands[Experiment], tyro.conf.arg(name="")]
@@ -114,7 +119,7 @@ def main() -> int:
             progress.say(f"fitting the {name} plan for batch {batch_size}")
             result = reconstruct(calibration, plan, sensitivity=sensitivity)
             metrics = experiment.evaluate(reference, result.model, progress)
-            row["equal_time"][name]["metrics"] = metrics
+            row["with_errors"][name]["metrics"] = metrics
             _write(asked.out, found)
     print(markdown(found))
     return 0
@@ -143,17 +148,18 @@ def markdown(found: Mapping[str, Any]) -> str:
                 text.append(f"| {batch} | {asked}× by time | | | refused | | |")
             else:
                 text.append(line(batch, f"{asked}× by time", row, float(asked)))
-        text.append(line(batch, "4× by MACs", measured["mac_plan_4x"], 4.0))
+        for name, row in measured["mac_plans_4x"].items():
+            text.append(line(batch, f"4× {name}", row, 4.0))
     errors = [
         f"| {batch} | {name} | {row['speedup']:.2f}× | {row['mac_speedup']:.2f}×"
         f" | {metric} | {values['accelerated']:.4f} |"
         for batch, measured in found["batches"].items()
-        for name, row in measured["equal_time"].items()
+        for name, row in measured["with_errors"].items()
         for metric, values in row.get("metrics", {}).items()
     ]
     if errors:
-        head = "| batch | plan of equal time | measured | MACs | metric | value |"
-        text += ["", "**errors at equal time**", "", head, "|--:|---|--:|--:|---|--:|", *errors]
+        head = "| batch | plan | measured | MACs | metric | value |"
+        text += ["", "**errors**", "", head, "|--:|---|--:|--:|---|--:|", *errors]
     text += ["", "**prediction**", ""]
     text += [
         "| batch | timing the layers | times of random plans off, median | speedups off |",
@@ -176,7 +182,7 @@ def _batch(
     batch_size: int,
     progress: LineProgress,
 ) -> tuple[dict[str, Any], dict[str, AccelerationPlan]]:
-    """All but the errors for one batch size, and the two 4× plans."""
+    """All but the errors for one batch size, and the plans whose errors are measured."""
     rules = asked.experiment.rules
     image_shape = specification(calibration.program.images).shape[1:]
     compiled = compile_inference(original, (batch_size, *image_shape))
@@ -228,18 +234,23 @@ def _batch(
             **figures(again),
         }
         progress.say(f"asked {speedup:g}×, timed once more: {again.speedup:.2f}×")
-    by_macs = timed(select_ranks(calibration, 4.0, curves=curves, rules=rules), asked.seconds)
-    row["mac_plan_4x"] = {
-        **figures(by_macs),
-        "measured_over_theoretical": by_macs.speedup / 4.0,
-    }
-    progress.say(f"4× fewer MACs: {by_macs.speedup:.2f}× measured")
-    plans = {"by MACs": by_macs.plan}
-    row["equal_time"] = {"by MACs": figures(by_macs)}
+    row["mac_plans_4x"], row["with_errors"] = {}, {}
+    plans = {}
+    for name, multiple in MAC_PLANS.items():
+        chains = with_rank_multiple(calibration, curves, multiple, rules=rules)
+        found = timed(select_ranks(calibration, 4.0, curves=chains, rules=rules), asked.seconds)
+        plans[name] = found.plan
+        row["with_errors"][name] = figures(found)
+        row["mac_plans_4x"][name] = {
+            **figures(found),
+            "measured_over_theoretical": found.speedup / 4.0,
+        }
+        progress.say(f"4× fewer MACs, {name}: {found.speedup:.2f}× measured")
+    by_macs = row["mac_plans_4x"]["by MACs"]
     equal = select_for_latency(
         calibration,
         original,
-        by_macs.speedup,
+        by_macs["speedup"],
         batch_size=batch_size,
         curves=curves,
         times=times,
@@ -247,7 +258,7 @@ def _batch(
         progress=progress,
     )
     plans["by time"] = equal.plan
-    row["equal_time"]["by time"] = figures(timed(equal.plan, asked.seconds))
+    row["with_errors"]["by time"] = figures(timed(equal.plan, asked.seconds))
     row["random_plans"] = _random_plans(asked, calibration, curves, times, timed)
     times_off, speedups_off = _off(row["random_plans"])
     progress.say(
