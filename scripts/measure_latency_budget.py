@@ -5,9 +5,9 @@
 On the experiment's network and images, for each batch size: how long timing the layers takes; what
 the plans for 2×, 3× and 4× deliver when they are timed once more, in turns with the original; what
 plans of 4× fewer MACs deliver, with any ranks and with ranks in steps of 8; how well the corrected
-times of layers tell the time of random plans; and the error on the evaluation images of the plans by
-MACs and of a plan by time that was made to be as fast as the first of them was measured to be. The
-device should have nothing else to do.
+times of layers tell the time of random plans; and the error on the evaluation images of the plans
+by MACs and of a plan by time that was made to be as fast as the first of them was measured to be.
+The device should have nothing else to do.
 """
 
 from __future__ import annotations
