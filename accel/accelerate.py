@@ -24,6 +24,7 @@ from flax import nnx
 
 from accel.budgets import Budget
 from accel.calibration import ALL_KINDS, calibrate, layer_kinds
+from accel.error_curves import check_rank_multiple
 from accel.images import ImageSource
 from accel.loss_budget import search_within_loss
 from accel.measurements import measure_errors, measure_sensitivity
@@ -33,7 +34,6 @@ from accel.rank_selection import Rules, check_speedup
 from accel.reconstruction import JOINT
 from accel.selection import (
     MEASURED_ERROR,
-    check_rank_multiple,
     check_rank_selection,
     select_ranks,
     with_rank_multiple,
@@ -89,7 +89,7 @@ def accelerate(
         rank_selection: How ranks are chosen: ``measured_error``, or by energies
             (``RANK_SELECTION``) for a single kind of chain.
         rank_multiple: Ranks that ``measured_error`` chooses are multiples of this, which the
-            vectors and tiles of devices are full at; those that rules fix need not be.
+            vectors and tiles of many devices are full at; those that rules fix need not be.
         rules: Layers by path pattern that stay ``"dense"`` or get a fixed rank.
         dense_speedup: Multiply-accumulates of all dense layers (``nnx.Linear``) now over those
             wanted: a budget apart from that of the convolutions. None leaves dense layers alone.
@@ -122,7 +122,9 @@ def accelerate(
             the layer, pattern or argument.
     """
     check_rank_selection(rank_selection, layer_kinds(decompositions, dense_speedup is not None))
-    check_rank_multiple(rank_multiple, rank_selection)
+    check_rank_multiple(rank_multiple)
+    if rank_multiple > 1 and rank_selection != MEASURED_ERROR:
+        raise ValueError(f"rank_multiple needs {MEASURED_ERROR}, found {rank_selection}")
     if dense_speedup is not None:
         check_speedup("dense_speedup", dense_speedup)
     resume = None if resume is None else Path(resume)
@@ -157,7 +159,9 @@ def accelerate(
     if rank_selection == MEASURED_ERROR or reconstruction == JOINT:
         sensitivity = measure_sensitivity(calibration, progress=progress)
     if rank_selection == MEASURED_ERROR:
-        measured = measure_errors(calibration, sensitivity, progress=progress)
+        measured = measure_errors(
+            calibration, sensitivity, rank_multiple=rank_multiple, progress=progress
+        )
         curves = with_rank_multiple(calibration, measured, rank_multiple, rules=rules)
     reconstructed = partial(
         reconstruct,

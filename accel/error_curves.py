@@ -1,11 +1,11 @@
 """Error against cost of every chain that could replace a layer, measured on images.
 
-For each layer, kind of chain, balance of its two ranks if it has two, and a few ranks from cheap to
-dear, the kernel is split in the metric of the patches that the layer sees in the original network
-and of the outputs that hang on its responses (``accel.sensitivity``). On other images the error of
-the activations, after the nonlinearity, is measured in the metric of the outputs: it is the
-relative squared error that the chain would cause there, to first order, so that the errors of all
-layers have one unit and can be added up. Between these ranks it is interpolated.
+For each layer, kind of chain, balance of its two ranks where it has several, and a few ranks from
+cheap to dear, the kernel is split in the metric of the patches that the layer sees in the original
+network and of the outputs that hang on its responses (``accel.sensitivity``). On other images the
+error of the activations, after the nonlinearity, is measured in the metric of the outputs: it is
+the relative squared error that the chain would cause there, to first order, so that the errors of
+all layers have one unit and can be added up. Between these ranks it is interpolated.
 
 One walk through the original network over some images; no chain is fitted to the accelerated one,
 so that one set of curves serves every budget.
@@ -48,9 +48,6 @@ RIDGE = 1e-2
 ROWS = 12_000
 IMAGES = 256
 LEAST_ERROR = 1e-12
-# The second rank of a chain over its first, as multiples of what the decomposition gives them. On
-# VGG-16 (tucker2) 1.6 is close to the best of 13 from 0.3 to 3.3 for most layers at 3× and more.
-BALANCES = (1.0, 1.6, 0.625)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -58,8 +55,8 @@ class ErrorCurve:
     """What one layer can be replaced by.
 
     Attributes:
-        candidates: The chains, of every kind every rank that is cheaper than the layer; where there
-            are two, at some balances of one to the other.
+        candidates: The chains, of every kind every rank that is cheaper than the layer, at each of
+            its balances.
         macs: MACs per image of each.
         errors: Relative squared error at the network's outputs that each would cause by itself, to
             first order, on images that the split was not made from.
@@ -111,30 +108,38 @@ def rank_macs(call: LayerCall, decomposition: Decomposition) -> np.ndarray:
     )
 
 
+def check_rank_multiple(rank_multiple: int) -> None:
+    """Raises ValueError where that is not a whole number of 1 or more."""
+    if not isinstance(rank_multiple, int) or rank_multiple < 1:
+        raise ValueError(f"rank_multiple is a whole number, 1 or more, found {rank_multiple}")
+
+
 def cheaper_chains(
-    call: LayerCall, decomposition: Decomposition, dense_macs: int
+    call: LayerCall, decomposition: Decomposition, dense_macs: int, multiple: int = 1
 ) -> Iterator[list[tuple[int, ...]]]:
     """Ranks of the chains of one kind that are cheaper than a layer: a list for each balance.
 
-    In each list MACs ascend; there is none where no chain is cheaper.
+    Ranks are rounded to multiples of ``multiple``. In each list MACs ascend; there is none where no
+    chain is cheaper.
     """
     conv = call.layer
     most = decomposition.ranks(conv, decomposition.largest_rank(conv))
-    for balance in BALANCES if len(most) == 2 else (1.0,):
+    for balance in decomposition.balances:
+        # The second rank over the first, both as far from those of the decomposition's own line.
         scales = (1.0,) if len(most) == 1 else (balance**-0.5, balance**0.5)
         lines = (
             tuple(
-                min(max(1, round(scale * r)), largest)
-                for scale, r, largest in zip(
-                    scales, decomposition.ranks(conv, rank), most, strict=True
+                min(max(1, round(scale * rank / multiple)), largest // multiple) * multiple
+                for scale, rank, largest in zip(
+                    scales, decomposition.ranks(conv, together), most, strict=True
                 )
             )
-            for rank in range(1, decomposition.largest_rank(conv) + 1)
+            for together in range(1, decomposition.largest_rank(conv) + 1)
         )
         chains = [
             ranks
             for ranks in dict.fromkeys(lines)
-            if macs_of(call, decomposition, ranks) < dense_macs
+            if min(ranks) > 0 and macs_of(call, decomposition, ranks) < dense_macs
         ]
         if chains:
             yield chains
@@ -148,6 +153,7 @@ def measure_error_curves(
     macs: Mapping[str, int],
     sensitivity: Mapping[str, Sensitivity],
     *,
+    rank_multiple: int,
     batch_size: int,
     cache_bytes: int,
     seed: int,
@@ -162,6 +168,7 @@ def measure_error_curves(
         images: Images to measure on, ``[images, …]``; a fifth of them only for measuring.
         macs: MACs per image of every layer as it is, by path.
         sensitivity: From ``measure_sensitivity``, by path.
+        rank_multiple: Chains with ranks rounded to multiples of this are measured, too.
         batch_size: The batch size that the program was traced for.
         cache_bytes: How much may be kept on the host between two layers.
         seed: Seed of the positions.
@@ -185,6 +192,7 @@ def measure_error_curves(
                 patches[measured].reshape(-1, patches.shape[-1]),
                 sensitivity[call.path],
                 macs[call.path],
+                rank_multiple,
             )
     return curves
 
@@ -196,6 +204,7 @@ def _layer_curve(
     held_out: Float[np.ndarray, "m p"],
     sensitivity: Sensitivity,
     dense_macs: int,
+    rank_multiple: int,
 ) -> ErrorCurve:
     """The curve of a layer; without candidates where no chain is cheaper than the layer."""
     kernel = np.asarray(call.layer.kernel[...], np.float32)
@@ -224,7 +233,12 @@ def _layer_curve(
         if decomposition.unsuitable(call.layer) is not None:
             continue
         structure = decomposition.structure(call.layer)
-        for chains in cheaper_chains(call, decomposition, dense_macs):
+        lists = [
+            chains
+            for multiple in sorted({1, rank_multiple})
+            for chains in cheaper_chains(call, decomposition, dense_macs, multiple)
+        ]
+        for chains in lists:
             macs = [macs_of(call, decomposition, ranks) for ranks in chains]
             places = _measured_places(macs, dense_macs)
             found = [error(structure, chains[place]) for place in places]
@@ -233,7 +247,7 @@ def _layer_curve(
             every = np.exp(np.interp(range(len(chains)), places, np.log(found)))
             for ranks, cost, loss in zip(chains, macs, every.tolist(), strict=True):
                 candidate = Candidate(decomposition.name, ranks)
-                # Those of two balances that are the same come from the first.
+                # Those that are in several lists come from the first.
                 errors.setdefault(candidate, loss)
                 costs[candidate] = cost
     return ErrorCurve(

@@ -11,7 +11,7 @@ import numpy as np
 
 from accel import error_curves
 from accel.calibration import Calibration
-from accel.error_curves import ErrorCurve
+from accel.error_curves import ErrorCurve, check_rank_multiple
 from accel.images import images_at, spread
 from accel.progress import Progress
 from accel.sensitivity import Sensitivity, images_needed, sensitivity_matrices
@@ -35,6 +35,7 @@ def measure_errors(
     calibration: Calibration,
     sensitivity: Mapping[str, Sensitivity] | None = None,
     *,
+    rank_multiple: int = 1,
     progress: Progress | None = None,
 ) -> dict[str, ErrorCurve]:
     """Error and cost of every chain that could replace a layer, by path (``accel.error_curves``).
@@ -44,8 +45,11 @@ def measure_errors(
     Args:
         calibration: From ``calibrate``.
         sensitivity: From ``measure_sensitivity``, which is called where it is not given.
+        rank_multiple: What ``with_rank_multiple`` will be asked for: chains with ranks rounded to
+            it are measured beside all others.
         progress: As in ``accelerate``.
     """
+    check_rank_multiple(rank_multiple)
     if sensitivity is None:
         sensitivity = measure_sensitivity(calibration, progress=progress)
     images = _some_images(calibration, error_curves.IMAGES)
@@ -60,6 +64,7 @@ def measure_errors(
         images,
         {**calibration.macs, **calibration.dense_macs},
         sensitivity,
+        rank_multiple=rank_multiple,
         batch_size=calibration.batch_size,
         cache_bytes=calibration.cache_bytes,
         seed=calibration.seed,

@@ -19,6 +19,8 @@ from accel.interpreter import equations_inside, interpret, specification
 
 # Larger windows were not measured: the maximum over a whole image, say, would be too many slices.
 LARGEST_WINDOW = 25
+# Types that know of an infinity, which is what lies outside of an image.
+INFINITE = tuple(map(jnp.dtype, (jnp.float64, jnp.float32, jnp.bfloat16, jnp.float16)))
 
 
 def with_sliced_pooling(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -41,11 +43,11 @@ def with_sliced_pooling(function: Callable[..., Any]) -> Callable[..., Any]:
 def _is_pooling(equation: jex.JaxprEqn) -> bool:
     if equation.primitive.name != "reduce_window_max":
         return False
-    given = equation.params
+    given, pooled = equation.params, specification(equation.outvars[0])
     dilations = (*given["base_dilation"], *given["window_dilation"])
-    floating = jnp.issubdtype(specification(equation.outvars[0]).dtype, jnp.floating)
     return (
-        floating
+        pooled.dtype in INFINITE
+        and all(pooled.shape)
         and all(step == 1 for step in dilations)
         and math.prod(given["window_dimensions"]) <= LARGEST_WINDOW
     )

@@ -249,7 +249,7 @@ class NoConvolution(nnx.Module):
         (bad(speedup=1000.0), "largest reachable speedup is"),
         (bad(solver="magic"), "unknown solver 'magic'; known: pca"),
         (bad(rank_selection="magic"), "unknown rank selection 'magic'"),
-        (bad(rank_multiple=0), "rank_multiple is 1 or more, found 0"),
+        (bad(rank_multiple=0), "rank_multiple is a whole number, 1 or more, found 0"),
         (
             bad(rank_multiple=8, **PAIRS),
             "rank_multiple needs measured_error, found exact_energy",

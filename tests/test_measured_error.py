@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 
 import jax.numpy as jnp
@@ -147,29 +148,70 @@ class OneChannelHead(nnx.Module):
         return self.head(nnx.relu(self.body(x)))
 
 
-def test_ranks_are_multiples_of_what_was_asked_for(measured):
-    calibration, curves = measured
-    kept = with_rank_multiple(calibration, curves, 4, rules={"first": 3})
+@pytest.fixture(scope="module")
+def stepped():
+    """Errors of chains with ranks in steps of 4, beside all others."""
+    calibration = calibrate(networks.network("chain"), IMAGES, decompositions=("tucker2", *KINDS))
+    return calibration, measure_errors(calibration, rank_multiple=4)
+
+
+def test_ranks_are_multiples_of_what_was_asked_for(stepped):
+    calibration, curves = stepped
+    rules = {"first": 3}
+    kept = with_rank_multiple(calibration, curves, 4, rules=rules)
     for path, curve in kept.items():
         if path == "first":
             assert curve is curves[path]
             continue
-        assert all(rank % 4 == 0 for chain in curve.candidates for rank in chain.ranks)
         # Nothing else has changed, and nothing is missing.
         everything, left = (
             list(zip(c.candidates, c.macs, c.errors, strict=True)) for c in (curves[path], curve)
         )
         assert left == [row for row in everything if all(rank % 4 == 0 for rank in row[0].ranks)]
-    plan = select_ranks(calibration, 1.5, curves=kept, rules={"first": 3})
+    plan = select_ranks(calibration, 1.5, curves=kept, rules=rules)
     chosen = {layer.path: layer for layer in plan.layers if layer.decomposition is not None}
     assert len(chosen) > 1
     assert chosen.pop("first").ranks[0] == 3
     assert all(rank % 4 == 0 for layer in chosen.values() for rank in layer.ranks)
     assert with_rank_multiple(calibration, curves, 1) is curves
+    with pytest.raises(ValueError, match="rank_multiple of 64: no layer has a cheaper chain"):
+        with_rank_multiple(calibration, curves, 64)
+    with pytest.raises(ValueError, match=r"1 or more, found 2\.5"):
+        with_rank_multiple(calibration, curves, 2.5)
+
+
+def test_chains_of_two_ranks_are_rounded_to_multiples(stepped):
+    """All pairs of multiples that are close to a balance are there, with errors of their own."""
+    curve = stepped[1]["even"]  # From 16 channels to 12.
+    ranks = [candidate.ranks for candidate in curve.candidates]
+    pairs = dict(zip(ranks, curve.errors, strict=True))
+    assert {(4, 4), (8, 4), (8, 8), (12, 8)} <= pairs.keys()
+    assert pairs[4, 4] > pairs[8, 4] > pairs[8, 8] > pairs[12, 8]
+
+
+def test_a_rule_that_fixes_a_rank_fixes_both(stepped):
+    """The second one is what the decomposition gives the first, whatever the error of others."""
+    calibration, curves = stepped
+    tucker2 = {
+        path: curve.chosen([c.decomposition == "tucker2" for c in curve.candidates])
+        for path, curve in curves.items()
+    }
+    for rank in (3, 5, 6):
+        plan = select_ranks(calibration, 1.1, curves=tucker2, rules={"strided": rank})
+        (layer,) = (layer for layer in plan.layers if layer.path == "strided")
+        # From 12 channels to 16: both keep the same share.
+        wanted = {DECOMPOSITIONS["tucker2"].ranks(calibration.calls[1].layer, r) for r in range(17)}
+        assert layer.ranks[0] == rank
+        assert layer.ranks in wanted
 
 
 def test_chains_that_are_beaten_by_far_are_not_kept(measured):
     calibration, curves = measured
+    random = np.random.default_rng(0)
+    curves = {
+        path: dataclasses.replace(curve, errors=random.random(len(curve.errors)))
+        for path, curve in curves.items()
+    }
     rules = {"strided": 3}
     kept = with_promising_chains(calibration, curves, rules=rules)
     assert kept["strided"] is curves["strided"]

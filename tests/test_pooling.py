@@ -13,6 +13,10 @@ from accel.pooling import LARGEST_WINDOW, with_sliced_pooling
 IMAGES = np.random.default_rng(0).standard_normal((2, 9, 11, 3)).astype(np.float32)
 
 
+def average(images):
+    return nnx.avg_pool(images, (2, 2), (2, 2))
+
+
 def primitives(function, *arguments):
     return str(jax.make_jaxpr(function)(*arguments))
 
@@ -64,21 +68,28 @@ def test_pooling_inside_calls_is_found():
     "pooled",
     [
         lambda x: nnx.max_pool(x, x.shape[1:3], (1, 1)),
-        lambda x: nnx.avg_pool(x, (2, 2), (2, 2)),
+        average,
         lambda x: lax.reduce_window(
             x, -jnp.inf, lax.max, (1, 2, 2, 1), (1, 1, 1, 1), "VALID", window_dilation=(1, 2, 2, 1)
         ),
         lambda x: lax.reduce_window(
-            (10 * x).astype(int), -100, lax.max, (1, 2, 2, 1), (1, 1, 1, 1), "VALID"
+            (10 * x).astype(np.int32),
+            np.int32(np.iinfo(np.int32).min),
+            lax.max,
+            (1, 2, 2, 1),
+            (1, 1, 1, 1),
+            "VALID",
         ),
+        lambda x: nnx.max_pool(x[:, :1, :1], (2, 2), (2, 2)),
         lambda x: lax.scan(lambda c, _: (c, nnx.max_pool(c, (2, 2))), x, None, length=2)[1],
     ],
-    ids=["whole image", "average", "dilated", "integers", "in a loop"],
+    ids=["whole image", "average", "dilated", "integers", "nothing left", "in a loop"],
 )
 def test_other_pooling_is_left_as_it_is(pooled):
     assert np.prod(IMAGES.shape[1:3]) > LARGEST_WINDOW
     np.testing.assert_array_equal(with_sliced_pooling(pooled)(IMAGES), pooled(IMAGES))
-    assert "reduce_window" in primitives(with_sliced_pooling(pooled), IMAGES)
+    kind = "reduce_window_sum" if pooled is average else "reduce_window_max"
+    assert kind in primitives(with_sliced_pooling(pooled), IMAGES)
 
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="measured on CPU alone")

@@ -67,12 +67,15 @@ class Decomposition(abc.ABC):
     Attributes:
         name: What it is called.
         has_last: Whether the chain ends in a 1×1 factor.
+        balances: At which multiples of the ratio of the two ranks that ``ranks`` gives, second over
+            first, ``measured_error`` looks for the best chain.
         dense: Whether it replaces dense layers (``flax.nnx.Linear``), not convolutions
             (``flax.nnx.Conv``); ``conv`` below stands for either.
     """
 
     name: str
     has_last: bool
+    balances: tuple[float, ...] = (1.0,)
     dense: bool = False
 
     @abc.abstractmethod

