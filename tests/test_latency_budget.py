@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import math
 import time
 import types
 
@@ -180,6 +181,33 @@ def test_times_between_measured_ranks_are_interpolated(measured, round_ranks_tak
     assert times.of(LayerPlan(call.path, last.decomposition, last.ranks)) == seconds(last.ranks[0])
     with pytest.raises(ValueError, match=f"{call.path}: .* was not timed"):
         times.of(LayerPlan(call.path, "channel", (10**6,)))
+
+
+@pytest.mark.parametrize("round_ranks_take", [1.0, 0.5])
+def test_times_of_all_kinds_are_interpolated_over_macs(measured, round_ranks_take):
+    """Chains of two ranks, too: with times in proportion to MACs all come out exactly."""
+    _, calibration, curves = measured
+    (call,) = (call for call in calibration.calls if call.path == "dilated")
+    curve = curves["dilated"]
+
+    def timed(layer):
+        if isinstance(layer, nnx.Conv):
+            return 5.0
+        ranks = [factor.out_features for factor in layer.factors[:-1]]
+        # Without strides every factor has as many positions.
+        return seconds(ranks, sum(factor.kernel[...].size for factor in layer.factors))
+
+    def seconds(ranks, macs):
+        return macs * (round_ranks_take if all(rank % 8 == 0 for rank in ranks) else 1.0)
+
+    times = _layer_times(call, curve, timed)
+    assert {len(candidate.ranks) for candidate in curve.candidates} == {1, 2}
+    positions = math.prod(call.output.aval.shape[1:-1])
+    wanted = [
+        seconds(candidate.ranks, macs / positions)
+        for candidate, macs in zip(curve.candidates, curve.macs, strict=True)
+    ]
+    np.testing.assert_allclose(times.chains, wanted)
 
 
 def test_times_in_proportion_to_macs_give_the_plan_of_macs(measured):

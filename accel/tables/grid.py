@@ -47,14 +47,8 @@ TableKind = TypeVar("TableKind", bound="Table")
 # What tables vary, or say themselves; the experiment's own values are not looked at.
 VARIED = (
     *("speedup", "decompositions", "reconstruction", "solver", "asymmetric"),
-    *(
-        "rank_selection",
-        "rank_multiple",
-        "dense_speedup",
-        "latency_speedup",
-        "latency_ms",
-        "latency_batch",
-    ),
+    *("rank_selection", "rank_multiple", "dense_speedup"),
+    *("latency_speedup", "latency_ms", "latency_batch"),
     *("parameter_ratio", "allowed_error", "allowed_disagreement"),
     *("seed", "second_sweep", "distillation"),
 )
