@@ -23,13 +23,13 @@ from functools import partial
 from typing import NamedTuple
 
 import jax
-import jax.extend.core as jex
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Float64
+from jaxtyping import Float64
 
 from accel.images import ArraySource, full_batches
 from accel.interpreter import specification
+from accel.output_errors import output_variables, rows_by_image
 from accel.program import LayerCall, Program
 from accel.progress import Progress
 from accel.solvers.linear_algebra import contract
@@ -74,11 +74,8 @@ def sensitivity_matrices(
             outputs or gradients hold NaN or Inf, or no gradient reaches a layer that has a part in
             the outputs.
     """
-    outputs = [
-        index
-        for index, variable in enumerate(program.jaxpr.outvars)
-        if isinstance(variable, jex.Var) and _of_each_image(specification(variable), batch_size)
-    ]
+    counted = output_variables(program, batch_size)
+    outputs = [index for index, atom in enumerate(program.jaxpr.outvars) if atom in counted]
     if not outputs:
         raise ValueError(
             "the network returns no floating-point numbers of each image; errors at its outputs"
@@ -94,7 +91,7 @@ def sensitivity_matrices(
     @partial(jax.jit, compiler_options=program.options)
     def energies(parameters, batch, mask):
         nothing = [0.0] * len(variables)
-        rows = (_rows(output, batch_size) for output in answers(parameters, batch, nothing))
+        rows = (rows_by_image(output, batch_size) for output in answers(parameters, batch, nothing))
         return jnp.stack([jnp.sum(jnp.square(row) * mask[:, None]) for row in rows])
 
     @partial(jax.jit, compiler_options=program.options)
@@ -103,7 +100,7 @@ def sensitivity_matrices(
         found, backward = jax.vjp(lambda added: answers(parameters, batch, added), nothing)
         directions = []
         for index, (output, scale) in enumerate(zip(found, scales, strict=True)):
-            shape = _rows(output, batch_size).shape
+            shape = rows_by_image(output, batch_size).shape
             v = jax.random.normal(jax.random.fold_in(key, index), shape)
             directions.append((scale[:, None] * v).reshape(output.shape).astype(output.dtype))
         (gradients,) = backward(directions)
@@ -147,16 +144,6 @@ def sensitivity_matrices(
                 f" ({WAY_OUT})"
             )
     return {call.path: Sensitivity(sums[call.output], sums[call.activated]) for call in calls}
-
-
-def _of_each_image(output: jax.ShapeDtypeStruct, batch_size: int) -> bool:
-    """Whether an output is numbers that can be shared out among the images of a batch."""
-    floating = jnp.issubdtype(output.dtype, jnp.floating)
-    return floating and len(output.shape) > 0 and output.shape[0] % batch_size == 0
-
-
-def _rows(output: Float[Array, "rows ..."], batch_size: int) -> Float[Array, "batch k"]:
-    return output.reshape(batch_size, -1).astype(jnp.float32)
 
 
 def images_needed(calls: Sequence[LayerCall], batch_size: int) -> int:

@@ -160,12 +160,15 @@ def test_data_free_splits_are_the_singular_value_decompositions(name):
         by_input = np.linalg.svd(np.moveaxis(kernel, -2, 0).reshape(6, -1), compute_uv=False)
         column = kernel if kernel.ndim == 2 else kernel.transpose(0, 2, 1, 3).reshape(18, 30)
         by_column = np.linalg.svd(column, compute_uv=False)
+        row = kernel if kernel.ndim == 2 else kernel.transpose(1, 2, 0, 3).reshape(18, 30)
+        by_row = np.linalg.svd(row, compute_uv=False)
         tail = lambda values, rank: float((values[rank:] ** 2).sum())  # noqa: E731
         wanted = {
             "channel": (tail(by_output, 4),) * 2,
             "svd": (tail(by_output, 4),) * 2,
             "channel_input": (tail(by_input, 4),) * 2,
             "spatial": (tail(by_column, 4),) * 2,
+            "spatial_transposed": (tail(by_row, 4),) * 2,
             "channel_spatial": (
                 max(tail(by_column, 4), tail(by_output, 4)),
                 tail(by_column, 4) + tail(by_output, 4),

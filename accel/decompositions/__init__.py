@@ -5,13 +5,22 @@ from accel.decompositions.channel import Channel
 from accel.decompositions.channel_input import ChannelInput
 from accel.decompositions.channel_spatial import ChannelSpatial
 from accel.decompositions.spatial import Spatial
+from accel.decompositions.spatial_transposed import SpatialTransposed
 from accel.decompositions.split import Split, Structure
 from accel.decompositions.svd import Svd
 from accel.decompositions.tucker2 import Tucker2
 
 DECOMPOSITIONS: dict[str, Decomposition] = {
     decomposition.name: decomposition
-    for decomposition in (Channel(), ChannelInput(), Spatial(), ChannelSpatial(), Tucker2(), Svd())
+    for decomposition in (
+        Channel(),
+        ChannelInput(),
+        Spatial(),
+        SpatialTransposed(),
+        ChannelSpatial(),
+        Tucker2(),
+        Svd(),
+    )
 }
 
 __all__ = [

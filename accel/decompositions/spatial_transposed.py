@@ -1,0 +1,32 @@
+"""``spatial_transposed``: a 1×k convolution, then a k×1 convolution: ``spatial`` with axes swapped.
+
+``W_ijcd = Σ_r H_jcr V_ird``. Cost per position: r·k(c + d) instead of k²c·d, as of ``spatial``; but
+the kernel is cut along other taps, and which way loses less differs from layer to layer.
+"""
+
+from __future__ import annotations
+
+from typing import Any, final
+
+from accel.decompositions.base import Decomposition
+
+
+@final
+class SpatialTransposed(Decomposition):
+    """1×k to ``rank`` channels, then k×1 (see the module's docstring)."""
+
+    name = "spatial_transposed"
+    has_last = False
+
+    def first_axes(self, axes: int) -> tuple[int, ...]:
+        return tuple(range(1, axes))
+
+    def ranks(self, conv: Any, rank: int) -> tuple[int]:
+        return (rank,)
+
+    def largest_rank(self, conv: Any) -> int:
+        height, *others = conv.kernel_size
+        width = 1
+        for taps in others:
+            width *= taps
+        return min(width * conv.in_features, height * conv.out_features)
