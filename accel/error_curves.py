@@ -35,7 +35,7 @@ from accel.decompositions import Decomposition, Structure
 from accel.decompositions.split import Cutter
 from accel.images import ArraySource, spread
 from accel.interpreter import specification
-from accel.output_errors import Weights, output_errors
+from accel.output_errors import OtherWeights, output_errors
 from accel.plan import LayerPlan
 from accel.program import LayerCall, Program
 from accel.progress import Progress
@@ -73,8 +73,8 @@ class ErrorCurve:
         candidates: The chains, of every kind every rank that is cheaper than the layer, at each of
             its balances.
         macs: MACs per image of each.
-        errors: Relative squared error at the network's outputs that each would cause by itself, to
-            first order, on images that the split was not made from.
+        errors: Relative squared error at the network's outputs that each is counted with, on images
+            that the split was not made from (see the module's docstring).
     """
 
     candidates: tuple[Candidate, ...]
@@ -245,7 +245,7 @@ class _Line:
 class _Try(NamedTuple):
     """What the network is run with: weights of a chain, and the error that is predicted of it."""
 
-    weights: Weights
+    weights: OtherWeights
     error: float
 
 
@@ -286,9 +286,9 @@ def _layer_lines(
         taken, seen = change(structure, ranks), sensitivity.activations
         return float(_output_error(held_out, responses, taken, unwhiten, seen, call.activation))
 
-    def weights(structure: Structure, ranks: tuple[int, ...]) -> Weights:
+    def weights(structure: Structure, ranks: tuple[int, ...]) -> OtherWeights:
         taken = np.asarray(change(structure, ranks) @ unwhiten, np.float32)
-        return Weights(kernel - taken, mean @ taken)
+        return OtherWeights(kernel - taken, mean @ taken)
 
     lines: list[_Line] = []
     tries: dict[str, _Try] = {}

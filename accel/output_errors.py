@@ -24,7 +24,7 @@ from accel.interpreter import specification
 from accel.program import LayerCall, Program
 
 
-class Weights(NamedTuple):
+class OtherWeights(NamedTuple):
     """What a layer has in the place of its own weights.
 
     Attributes:
@@ -55,7 +55,7 @@ def output_errors(
     call: LayerCall,
     images: np.ndarray,
     batch_size: int,
-    others: Sequence[Weights],
+    others: Sequence[OtherWeights],
 ) -> Float64[np.ndarray, " others"]:
     """e of each of some weights in a layer (see the module's docstring).
 
@@ -86,12 +86,12 @@ def output_errors(
         outputs = after(parameters, [response, *values])
         return [rows_by_image(output, batch_size) for output in outputs]
 
-    def answered(weights: Weights, values) -> list[np.ndarray]:
+    def answered(weights: OtherWeights, values) -> list[np.ndarray]:
         kernel = weights.kernel.reshape(own.shape).astype(own.dtype)
         found = answers(after_parameters, state, kernel, weights.shift, values)
         return [np.asarray(rows, np.float64) for rows in found]
 
-    original = Weights(own, np.zeros(own.shape[-1], np.float32))
+    original = OtherWeights(own, np.zeros(own.shape[-1], np.float32))
     energies = np.zeros(len(wanted))
     errors = np.zeros((len(others), len(wanted)))
     left = len(images)

@@ -189,8 +189,8 @@ def select_within_error(
 ) -> AccelerationPlan:
     """The plan of fewest MACs whose measured errors add up to no more than ``allowed_error``.
 
-    To first order that is the relative squared error of the network's outputs; errors that grow in
-    the layers after them are not in it. ``search_within_loss`` measures what becomes of them.
+    It estimates the relative squared error of the network's outputs; what becomes of the errors
+    together is not in it. ``search_within_loss`` measures what becomes of them.
 
     Args:
         calibration: From ``calibrate``.
