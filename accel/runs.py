@@ -227,19 +227,12 @@ class AcceleratedRun:
         Raises:
             ValueError: If an activation is NaN or Inf; the message holds the layer's path.
         """
-        at = self.replaced
-        call = self.calls[at]
+        call = self.calls[self.replaced]
         sampler = patch_sampler(self.program, call, self.batch_size)
         rows = np.empty((*positions.shape, patch_size(call)), np.float32)
-        kept = sum(place.bytes for place in self.places)
-        images = self._images()
-        for index, place in enumerate(self.places):
+        for index, values in enumerate(self.values(len(self.places))):
             first = index * self.batch_size
             last = min(first + self.batch_size, len(self.source))
-            values: Sequence[Any] = [next(images)] if place.values is None else place.values
-            for step in self.steps[place.call + 1 : at + 1]:
-                values = step(values)
-                self.segments_run += 1
             batch_positions = _padded_slice(positions, first, self.batch_size)
             seen = np.asarray(sampler(values[0], batch_positions))[: last - first]
             if not np.isfinite(seen).all():
@@ -247,12 +240,27 @@ class AcceleratedRun:
                     f"{call.path}: the accelerated network's activations hold NaN or Inf"
                 )
             rows[first:last] = seen
+            progress(last - first)
+        return rows
+
+    def values(self, batches: int) -> Iterator[Sequence[Any]]:
+        """What is alive before the next convolution, for each of the first batches.
+
+        Moves these on to that convolution, as far as they fit into the cache.
+        """
+        at = self.replaced
+        kept = sum(place.bytes for place in self.places)
+        images = self._images(batches)
+        for index, place in enumerate(self.places[:batches]):
+            values: Sequence[Any] = [next(images)] if place.values is None else place.values
+            for step in self.steps[place.call + 1 : at + 1]:
+                values = step(values)
+                self.segments_run += 1
             new = _Place(at, [np.asarray(value) for value in values])
             if kept - place.bytes + new.bytes <= self.cache_bytes:
                 kept += new.bytes - place.bytes
                 self.places[index] = new
-            progress(last - first)
-        return rows
+            yield values
 
     def replace(self, replacement: nnx.Module) -> None:
         """Puts ``replacement`` in the place of the convolution that all images stand before."""
@@ -290,13 +298,12 @@ class AcceleratedRun:
         jitted = jax.jit(run, compiler_options=self.program.options)
         return lambda values: jitted(parameters, values)
 
-    def _images(self) -> Iterator[np.ndarray]:
-        """The batches of images that have to be had from their source again."""
-        if all(place.values is not None for place in self.places):
+    def _images(self, batches: int) -> Iterator[np.ndarray]:
+        """Of the first batches of images, those that have to be had from their source again."""
+        places = self.places[:batches]
+        if all(place.values is not None for place in places):
             return
-        for place, batch in zip(
-            list(self.places), full_batches(self.source, self.batch_size), strict=True
-        ):
+        for place, batch in zip(places, full_batches(self.source, self.batch_size), strict=False):
             if place.values is None:
                 yield batch
 

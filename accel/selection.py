@@ -189,8 +189,8 @@ def select_within_error(
 ) -> AccelerationPlan:
     """The plan of fewest MACs whose measured errors add up to no more than ``allowed_error``.
 
-    It estimates the relative squared error of the network's outputs; what becomes of the errors
-    together is not in it. ``search_within_loss`` measures what becomes of them.
+    The sum estimates the relative squared error of the network's outputs. How the errors of several
+    layers work together is not in it: ``search_within_loss`` measures that.
 
     Args:
         calibration: From ``calibrate``.

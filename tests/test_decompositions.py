@@ -89,6 +89,14 @@ def error(found, problem) -> float:
     return float(np.sum((np.maximum(given, 0) - np.maximum(problem.targets, 0)) ** 2))
 
 
+@pytest.mark.parametrize("name", ["spatial", "spatial_swapped"])
+def test_a_convolution_along_one_axis_has_nothing_to_separate(name):
+    """channel_input would be the same chain."""
+    reason = DECOMPOSITIONS[name].unsuitable(convolution(CONVS["one axis"]))
+    assert reason is not None
+    assert "nothing to separate" in reason
+
+
 @DECOMPOSITION
 @pytest.mark.parametrize("case", CONVS)
 def test_at_full_rank_the_chain_is_the_convolution(name, case):
@@ -168,7 +176,7 @@ def test_data_free_splits_are_the_singular_value_decompositions(name):
             "svd": (tail(by_output, 4),) * 2,
             "channel_input": (tail(by_input, 4),) * 2,
             "spatial": (tail(by_column, 4),) * 2,
-            "spatial_transposed": (tail(by_row, 4),) * 2,
+            "spatial_swapped": (tail(by_row, 4),) * 2,
             "channel_spatial": (
                 max(tail(by_column, 4), tail(by_output, 4)),
                 tail(by_column, 4) + tail(by_output, 4),

@@ -10,8 +10,10 @@ import pytest
 from flax import nnx
 
 from accel import calibrate, error_curves, measure_errors
-from accel.output_errors import OtherWeights, output_errors
+from accel.images import ArraySource
+from accel.output_errors import OtherWeights, OutputErrors
 from accel.program import trace
+from accel.runs import AcceleratedRun
 
 BATCH = 8
 
@@ -72,37 +74,79 @@ def test_it_is_the_error_of_a_network_with_these_weights(name, path, count):
         pairs = zip(jax.tree.leaves(model(images)), jax.tree.leaves(changed(images)), strict=True)
         pairs = [(np.asarray(f, np.float64), np.asarray(g, np.float64)) for f, g in pairs]
         wanted.append(sum(((f - g) ** 2).sum() / (f**2).sum() for f, g in pairs if f.ndim))
-    found = output_errors(program, call, images, BATCH, others)
+    place = program.calls.index(call)
+    run = AcceleratedRun(program, program.calls, ArraySource(images), BATCH, cache_bytes=10**6)
+    for _ in range(place):
+        run.keep()
+    batches = list(run.values(-(-count // BATCH)))
+    found = OutputErrors(program, program.calls, BATCH)(place, batches, count, others)
     assert found[0] == 0
     np.testing.assert_allclose(found, wanted, rtol=1e-4)
 
 
 def test_the_errors_of_a_kind_are_scaled_by_what_the_outputs_lost(monkeypatch):
-    """Planted: of every chain that is tried the network loses four times as much, or nothing."""
+    """Planted: of every chain that is tried the network loses so many times what was predicted."""
     calibration = calibrate(
         networks.network("chain"), networks.images(40), decompositions=("channel", "spatial")
     )
 
-    def curves(factor: float):
-        def planted(*arguments):
-            real = output_errors(*arguments)
-            tried.append(real)
-            return factor * real
+    def curves(planted):
+        class Planted(OutputErrors):
+            def __call__(self, layer, batches, images, others):
+                real = super().__call__(layer, batches, images, others)
+                assert (real > 0).all()
+                return planted(real)
 
-        tried: list[np.ndarray] = []
-        monkeypatch.setattr(error_curves, "output_errors", planted)
-        return measure_errors(calibration), tried
+        monkeypatch.setattr(error_curves, "OutputErrors", Planted)
+        return measure_errors(calibration)
 
-    once, tried = curves(1.0)
-    assert all((real > 0).all() for real in tried)
-    # One of each kind of every layer.
-    assert [len(real) for real in tried] == [
-        len({candidate.decomposition for candidate in once[call.path].candidates})
-        for call in calibration.calls
-    ]
-    four_times, _ = curves(4.0)
-    never, _ = curves(0.0)
-    for path, curve in once.items():
-        scale = 4.0**error_curves.EFFECT
-        np.testing.assert_allclose(four_times[path].errors, scale * curve.errors, rtol=1e-6)
-        assert (never[path].errors < 1e-3 * curve.errors).all()
+    really = curves(lambda real: real)
+    for path, curve in curves(lambda real: 4 * real).items():
+        scale = 4**error_curves.EFFECT
+        np.testing.assert_allclose(curve.errors, scale * really[path].errors, rtol=1e-6)
+    # No effect at all tells nothing: the errors are those that were predicted.
+    predicted = curves(lambda real: 0 * real)
+    most = error_curves.MOST**error_curves.EFFECT
+    for path, curve in curves(lambda real: np.full_like(real, np.nan)).items():
+        np.testing.assert_allclose(curve.errors, most * predicted[path].errors, rtol=1e-6)
+    for path, curve in really.items():
+        scales = curve.errors / predicted[path].errors
+        assert ((scales > 1 / most) & (scales < most)).all()
+        assert len(np.unique(scales.round(6))) == len({c.decomposition for c in curve.candidates})
+
+
+def test_what_is_tried_is_the_kernel_of_a_chain_with_the_bias_that_keeps_the_mean(monkeypatch):
+    calibration = calibrate(
+        networks.network("chain"), networks.images(40), decompositions=("channel", "spatial")
+    )
+    seen = []
+
+    class Seen(OutputErrors):
+        def __call__(self, layer, batches, images, others):
+            seen.append((self.calls[layer], batches, others))
+            return super().__call__(layer, batches, images, others)
+
+    monkeypatch.setattr(error_curves, "OutputErrors", Seen)
+    measure_errors(calibration)
+    lower = 0
+    for call, batches, others in seen:
+        own = np.asarray(call.layer.kernel[...], np.float64)
+        for weights in others:
+            kernel = weights.kernel.astype(np.float64).reshape(own.shape)
+            assert np.abs(kernel - own).max() > 1e-3
+            by_output = kernel.reshape(-1, own.shape[-1])
+            by_column = kernel.swapaxes(1, 2).reshape(own.shape[0] * own.shape[2], -1)
+            # Of full rank as a matrix, one way or the other, it would be no chain of these kinds.
+            ranks = [np.linalg.matrix_rank(m, tol=1e-4) for m in (by_output, by_column)]
+            full = [min(m.shape) for m in (by_output, by_column)]
+            assert any(rank < most for rank, most in zip(ranks, full, strict=True))
+            lower += 1
+            # Over all patches, of other images too: the mean response hardly changes.
+            inputs = np.concatenate([np.asarray(values[0]) for values in batches])
+            layer = nnx.clone(call.layer)
+            before = np.asarray(layer(jnp.asarray(inputs)), np.float64)
+            layer.kernel[...] = jnp.asarray(kernel, jnp.float32)
+            change = np.asarray(layer(jnp.asarray(inputs)), np.float64) - before
+            drift = np.abs((change + weights.shift).mean((0, 1, 2)))
+            assert drift.max() < 0.35 * np.sqrt((change**2).mean())
+    assert lower >= 8

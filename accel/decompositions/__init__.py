@@ -5,7 +5,7 @@ from accel.decompositions.channel import Channel
 from accel.decompositions.channel_input import ChannelInput
 from accel.decompositions.channel_spatial import ChannelSpatial
 from accel.decompositions.spatial import Spatial
-from accel.decompositions.spatial_transposed import SpatialTransposed
+from accel.decompositions.spatial_swapped import SpatialSwapped
 from accel.decompositions.split import Split, Structure
 from accel.decompositions.svd import Svd
 from accel.decompositions.tucker2 import Tucker2
@@ -16,7 +16,7 @@ DECOMPOSITIONS: dict[str, Decomposition] = {
         Channel(),
         ChannelInput(),
         Spatial(),
-        SpatialTransposed(),
+        SpatialSwapped(),
         ChannelSpatial(),
         Tucker2(),
         Svd(),

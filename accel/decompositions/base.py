@@ -6,9 +6,9 @@ All chains are made of the same three parts, any of which may be missing:
 - a *middle* factor that has the other taps;
 - a 1×1 *last* factor, ``rank → d``.
 
-``channel`` is middle and last, ``spatial`` and ``channel_input`` are first and middle,
-``channel_spatial`` and ``tucker2`` have all three. So a decomposition says which taps its first
-factor takes and whether there is a last one; the rest follows.
+``channel`` is middle and last; ``spatial``, ``spatial_swapped`` and ``channel_input`` are first and
+middle; ``channel_spatial`` and ``tucker2`` have all three. So a decomposition says which taps its
+first factor takes and whether there is a last one; the rest follows.
 
 A dense layer is a convolution without taps: its patch is a row of its input. ``svd`` is middle and
 last of such a layer.

@@ -3,11 +3,10 @@
 minimise  Σ_l e_l(j_l)    subject to    Σ_l C_l(j_l) ≤ budget - other
 
 over one candidate j of each layer l: a chain at certain ranks, or dense (e = 0). The cost C counts
-MACs, parameters or time. e is the relative
-error at the network's outputs with the chain in its place, as measured (``accel.error_curves``). To
-first order the errors of different layers add up there, which the product of energies
-(``exact_energy``) does not know of: it weighs a layer whose errors die out like one whose errors
-are seen.
+MACs, parameters or time. e is what the chain adds to the relative error at the network's outputs,
+estimated from measurements (``accel.error_curves``). There the errors of different layers add up to
+first order, which the product of energies (``exact_energy``) does not know of: it weighs a layer
+whose errors die out like one whose errors are seen.
 """
 
 from __future__ import annotations

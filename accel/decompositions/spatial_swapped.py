@@ -1,4 +1,4 @@
-"""``spatial_transposed``: a 1×k convolution, then a k×1 convolution: ``spatial`` with axes swapped.
+"""``spatial_swapped``: a 1×k convolution, then a k×1 convolution: ``spatial`` with axes swapped.
 
 ``W_ijcd = Σ_r H_jcr V_ird``. Cost per position: r·k(c + d) instead of k²c·d, as of ``spatial``; but
 the kernel is cut along other taps, and which way loses less differs from layer to layer.
@@ -12,14 +12,15 @@ from accel.decompositions.base import Decomposition
 
 
 @final
-class SpatialTransposed(Decomposition):
+class SpatialSwapped(Decomposition):
     """1×k to ``rank`` channels, then k×1 (see the module's docstring)."""
 
-    name = "spatial_transposed"
+    name = "spatial_swapped"
     has_last = False
 
     def first_axes(self, axes: int) -> tuple[int, ...]:
-        return tuple(range(1, axes))
+        # With one axis there is nothing to swap: like ``spatial``, it leaves nothing to separate.
+        return tuple(range(1, axes)) or (0,)
 
     def ranks(self, conv: Any, rank: int) -> tuple[int]:
         return (rank,)
