@@ -16,7 +16,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -223,6 +223,8 @@ def measure_times(
 ) -> dict[str, LayerTimes]:
     """Times of all layers and of the chains of their error curves, by path.
 
+    Layers of the same shape are timed once, for the chains of all of them.
+
     Args:
         calls: The layers that can be replaced.
         curves: From ``measure_errors``: the chains to choose from.
@@ -234,8 +236,13 @@ def measure_times(
     progress = progress or Progress()
     known = TimeCache(cache or default_cache(), options)
     progress.begin(f"timing layers at batch {batch_size}", len(calls))
-    times: dict[str, LayerTimes] = {}
+    alike: dict[str, list[LayerCall]] = {}
     for call in calls:
+        key = f"{_text(call.layer)} of {specification(call.input)} {call.activation}"
+        alike.setdefault(key, []).append(call)
+    times: dict[str, LayerTimes] = {}
+    for same in alike.values():
+        call = same[0]
         progress.describe(f"timing {call.path} at batch {batch_size}")
         given = specification(call.input)
         # What a layer is given has the images' axis in front, or the network could not be cut.
@@ -243,30 +250,38 @@ def measure_times(
         timed = partial(
             known.seconds, input_shape=shape, dtype=given.dtype, activation=call.activation
         )
+        chosen = [curves[other.path] for other in same]
+        macs = {
+            chain: int(cost)
+            for curve in chosen
+            for chain, cost in zip(curve.candidates, curve.macs, strict=True)
+        }
         with kept_memory():
-            times[call.path] = _layer_times(call, curves[call.path], timed)
+            dense, seconds = timed(call.layer), _chain_seconds(call, macs, timed)
+        for other, curve in zip(same, chosen, strict=True):
+            chains = np.array([seconds[chain] for chain in curve.candidates])
+            times[other.path] = LayerTimes(dense, curve.candidates, chains)
         known.save()
-        progress.advance(1)
+        progress.advance(len(same))
     return times
 
 
-def _layer_times(call: LayerCall, curve: ErrorCurve, timed: Any) -> LayerTimes:
-    """The times of one layer."""
-    seconds = np.empty(len(curve.candidates))
-    kinds = [candidate.decomposition for candidate in curve.candidates]
-    steps = [all(rank % STEP == 0 for rank in candidate.ranks) for candidate in curve.candidates]
-    groups = list(zip(kinds, steps, strict=True))
-    for kind, step in dict.fromkeys(groups):
-        where = np.array([index for index, group in enumerate(groups) if group == (kind, step)])
-        where = where[np.argsort(curve.macs[where], kind="stable")]
-        chosen = sorted({round(share * (len(where) - 1)) for share in SHARES})
-        found = [
-            timed(_chain(call, DECOMPOSITIONS[kind], curve.candidates[where[place]].ranks))
-            for place in chosen
-        ]
+def _chain_seconds(
+    call: LayerCall, macs: Mapping[Candidate, int], timed: Callable[[nnx.Module], float]
+) -> dict[Candidate, float]:
+    """The times of a layer's chains, whose MACs are given."""
+    seconds: dict[Candidate, float] = {}
+    groups: dict[tuple[str, bool], list[Candidate]] = {}
+    for chain in sorted(macs, key=lambda chain: macs[chain]):
+        step = all(rank % STEP == 0 for rank in chain.ranks)
+        groups.setdefault((chain.decomposition, step), []).append(chain)
+    for (kind, _), chains in groups.items():
+        chosen = [chains[place] for place in sorted({round(s * (len(chains) - 1)) for s in SHARES})]
+        found = [timed(_chain(call, DECOMPOSITIONS[kind], chain.ranks)) for chain in chosen]
         # Of two ranks, other balances at equal MACs were up to a quarter apart; as a rule less.
-        seconds[where] = np.interp(curve.macs[where], curve.macs[where[chosen]], found)
-    return LayerTimes(timed(call.layer), curve.candidates, seconds)
+        every = np.interp([macs[c] for c in chains], [macs[c] for c in chosen], found)
+        seconds |= dict(zip(chains, every.tolist(), strict=True))
+    return seconds
 
 
 def _chain(call: LayerCall, decomposition: Decomposition, ranks: Sequence[int]) -> nnx.Module:

@@ -17,6 +17,7 @@ from accel import (
     calibrate,
     compile_inference,
     count_conv_macs,
+    device_times,
     latency_budget,
     measure_errors,
     measure_times,
@@ -31,7 +32,7 @@ from accel.device_times import (
     SHARES,
     LayerTimes,
     TimeCache,
-    _layer_times,
+    _chain_seconds,
     default_cache,
     layer_seconds,
 )
@@ -161,9 +162,9 @@ def test_times_between_measured_ranks_are_interpolated(measured, round_ranks_tak
     _, calibration, curves = measured
     asked = []
 
-    def timed(layer):
-        asked.append(layer)
-        return 5.0 if isinstance(layer, nnx.Conv) else seconds(layer.factors[0].out_features)
+    def timed(chain):
+        asked.append(chain)
+        return seconds(chain.factors[0].out_features)
 
     def seconds(rank):
         return rank * (round_ranks_take if rank % 8 == 0 else 1.0)
@@ -172,10 +173,13 @@ def test_times_between_measured_ranks_are_interpolated(measured, round_ranks_tak
     curve = curves[call.path]
     curve = curve.chosen([len(candidate.ranks) == 1 for candidate in curve.candidates])
     candidates = curve.candidates
-    times = _layer_times(call, curve, timed)
-    # Round and other ranks of three kinds, and the layer as it is.
-    assert len(asked) <= min(len(candidates), 3 * 2 * len(SHARES)) + 1
-    np.testing.assert_allclose(times.chains, [seconds(c.ranks[0]) for c in candidates])
+    macs = dict(zip(candidates, curve.macs.tolist(), strict=True))
+    found = _chain_seconds(call, macs, timed)
+    # Round and other ranks of three kinds.
+    assert len(asked) <= min(len(candidates), 3 * 2 * len(SHARES))
+    chains = np.array([found[candidate] for candidate in candidates])
+    np.testing.assert_allclose(chains, [seconds(c.ranks[0]) for c in candidates])
+    times = LayerTimes(5.0, candidates, chains)
     assert times.of(LayerPlan(call.path)) == 5.0
     last = candidates[-1]
     assert times.of(LayerPlan(call.path, last.decomposition, last.ranks)) == seconds(last.ranks[0])
@@ -190,24 +194,69 @@ def test_times_of_all_kinds_are_interpolated_over_macs(measured, round_ranks_tak
     (call,) = (call for call in calibration.calls if call.path == "dilated")
     curve = curves["dilated"]
 
-    def timed(layer):
-        if isinstance(layer, nnx.Conv):
-            return 5.0
-        ranks = [factor.out_features for factor in layer.factors[:-1]]
+    def timed(chain):
+        ranks = [factor.out_features for factor in chain.factors[:-1]]
         # Without strides every factor has as many positions.
-        return seconds(ranks, sum(factor.kernel[...].size for factor in layer.factors))
+        return seconds(ranks, sum(factor.kernel[...].size for factor in chain.factors))
 
     def seconds(ranks, macs):
         return macs * (round_ranks_take if all(rank % 8 == 0 for rank in ranks) else 1.0)
 
-    times = _layer_times(call, curve, timed)
+    found = _chain_seconds(call, dict(zip(curve.candidates, curve.macs, strict=True)), timed)
     assert {len(candidate.ranks) for candidate in curve.candidates} == {1, 2}
     positions = math.prod(call.output.aval.shape[1:-1])
     wanted = [
         seconds(candidate.ranks, macs / positions)
         for candidate, macs in zip(curve.candidates, curve.macs, strict=True)
     ]
-    np.testing.assert_allclose(times.chains, wanted)
+    np.testing.assert_allclose([found[candidate] for candidate in curve.candidates], wanted)
+
+
+class Alike(nnx.Module):
+    """Two convolutions of one shape, and one of another."""
+
+    def __init__(self, rngs: nnx.Rngs):
+        self.stem = nnx.Conv(3, 12, (3, 3), rngs=rngs)
+        self.first = nnx.Conv(12, 12, (3, 3), rngs=rngs)
+        self.second = nnx.Conv(12, 12, (3, 3), rngs=rngs)
+
+    def __call__(self, images):
+        x = nnx.relu(self.stem(images))
+        return nnx.relu(self.second(nnx.relu(self.first(x))))
+
+
+def test_layers_of_one_shape_are_timed_once(tmp_path, monkeypatch):
+    """Each has the chains that its own curve has left; all are timed in one go."""
+    calibration = calibrate(Alike(nnx.Rngs(0)), IMAGES[:20], decompositions=KINDS)
+    curves = measure_errors(calibration)
+    whole = curves["first"]
+    places = np.arange(len(whole.candidates))
+    curves["first"] = whole.chosen((places % 3 != 0).tolist())
+    curves["second"] = whole.chosen((places % 3 != 1).tolist())
+    asked: list[nnx.Module] = []
+
+    def layer_seconds(layer, *arguments):
+        asked.append(layer)
+        return float(sum(part.size for part in jax.tree.leaves(nnx.state(layer, nnx.Param))))
+
+    monkeypatch.setattr(device_times, "layer_seconds", layer_seconds)
+
+    def timed(*paths):
+        asked.clear()
+        calls = [call for call in calibration.calls if call.path in paths]
+        cache = tmp_path / "-".join(paths)
+        return measure_times(calls, curves, 2, options=None, cache=cache), len(asked)
+
+    both, of_both = timed("first", "second")
+    _, of_one = timed("first")
+    _, of_all = timed("stem", "first", "second")
+    assert of_both <= of_one + 2  # The ends may be others.
+    assert of_all > of_both + 5
+    assert both["first"].dense == both["second"].dense
+    for path in ("first", "second"):
+        assert both[path].candidates == curves[path].candidates
+        kept = [chain.decomposition == "spatial" for chain in both[path].candidates]
+        assert (np.diff(both[path].chains[kept]) > 0).all()
 
 
 def test_times_in_proportion_to_macs_give_the_plan_of_macs(measured):
