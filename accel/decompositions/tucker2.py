@@ -20,7 +20,8 @@ class Tucker2(Decomposition):
 
     name = "tucker2"
     has_last = True
-    # A larger second rank is better for most layers of VGG-16: error at 3× 0.0363, not 0.0387.
+    # A larger second rank is better for most layers of VGG-16. When these came to be looked at, its
+    # error at 3× fell from 0.0387 to 0.0363.
     balances = (1.0, 1.6, 0.625)
 
     def first_axes(self, axes: int) -> tuple[int, ...]:
