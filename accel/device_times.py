@@ -51,7 +51,7 @@ FORM = (
     "all outputs written, nothing copied; weights inside the program where inference has them there"
 )
 # Which chains are timed, as places among those of one kind by ascending MACs, from first to last.
-SHARES = (0.0, 0.15, 0.5, 1.0)
+SHARES = (0.0, 0.08, 0.25, 0.6, 1.0)
 # Chains of which all ranks are multiples of this fill vectors and tiles: on CPU a chain of rank 16
 # is faster than one of rank 14. They are timed apart from the others.
 STEP = 8
