@@ -181,10 +181,21 @@ def test_convolutions_and_dense_layers_meet_budgets_of_their_own(tmp_path):
     titles = [column.header for column in summary(result.report).renderables[0].columns]
     assert titles[0] == "layer"
 
-    # The convolutions' plan is that of a run that leaves dense layers alone.
-    alone = accel.accelerate(model, IMAGES, 1.5, decompositions="channel")
-    assert alone.plan.layers == tuple(p for p in result.plan.layers if p.path.startswith("conv"))
-    assert alone.report.macs == {k: macs[k] for k in ("original", "accelerated", "speedup")}
+    # From the same measurements the convolutions' plan is that which leaves dense layers alone.
+    calibration = accel.calibrate(model, IMAGES, decompositions="channel", dense_layers=True)
+    curves = accel.measure_errors(calibration)
+    alone, both = (
+        accel.select_ranks(calibration, 1.5, curves=curves, dense_speedup=dense_speedup).layers
+        for dense_speedup in (None, 2.0)
+    )
+    assert both == result.plan.layers
+    assert [p for p in alone if p.path.startswith("conv")] == [
+        p for p in both if p.path.startswith("conv")
+    ]
+    assert not any(layer.decomposition for layer in alone if layer.path.startswith("fc"))
+    without = accel.accelerate(model, IMAGES, 1.5, decompositions="channel").report.macs
+    assert without.keys() == {"original", "accelerated", "speedup"}
+    assert without["original"] == macs["original"]
 
     after = jax.tree.map(np.array, nnx.to_pure_dict(nnx.state(model)))
     jax.tree.map(np.testing.assert_array_equal, before, after)
