@@ -207,6 +207,13 @@ def kernel_size(layer: Any) -> tuple[int, ...]:
     return tuple(layer.kernel.shape[:-2])
 
 
+def unfolding_rank(conv: Any, first_axes: Sequence[int]) -> int:
+    """The largest rank of a kernel as a matrix: some axes' taps and the inputs by all the rest."""
+    taps = kernel_size(conv)
+    first = math.prod(taps[axis] for axis in first_axes)
+    return min(first * conv.in_features, math.prod(taps) // first * conv.out_features)
+
+
 def composed(weights: Sequence[Weights]) -> Float[np.ndarray, "... c d"]:
     """The kernel of the one layer that a chain computes; its factors share no taps."""
     kernel = weights[0].kernel

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any, final
 
-from accel.decompositions.base import Decomposition
+from accel.decompositions.base import Decomposition, unfolding_rank
 
 
 @final
@@ -26,8 +26,4 @@ class Spatial(Decomposition):
         return (rank,)
 
     def largest_rank(self, conv: Any) -> int:
-        height, *others = conv.kernel_size
-        width = 1
-        for taps in others:
-            width *= taps
-        return min(height * conv.in_features, width * conv.out_features)
+        return unfolding_rank(conv, self.first_axes(len(conv.kernel_size)))
