@@ -57,6 +57,7 @@ def accelerate(
     latency_speedup: float | None = None,
     latency_ms: float | None = None,
     latency_batch: int = 1,
+    latency_dtype: str | None = None,
     parameter_ratio: float | None = None,
     allowed_error: float | None = None,
     allowed_disagreement: float | None = None,
@@ -99,6 +100,8 @@ def accelerate(
         latency_ms: A budget in time instead of ``speedup``: the accelerated network's own, for a
             batch, in milliseconds.
         latency_batch: Images per batch in these measurements.
+        latency_dtype: What both networks compute in then, such as ``bfloat16``; None for the types
+            that they have.
         parameter_ratio: A budget in parameters instead of ``speedup``: those of all convolutions
             now over those wanted.
         allowed_error: Instead of ``speedup``, the largest relative squared error of the outputs,
@@ -137,6 +140,7 @@ def accelerate(
         allowed_error=allowed_error,
         allowed_disagreement=allowed_disagreement,
         latency_batch=latency_batch,
+        latency_dtype=latency_dtype,
     )
     budget.check(model, rank_selection, dense_speedup)
     allowed_loss = budget.allowed_loss

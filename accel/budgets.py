@@ -14,6 +14,7 @@ from accel.calibration import Calibration
 from accel.compiler import network_options
 from accel.device_times import TimeCache, default_cache
 from accel.error_curves import ErrorCurve
+from accel.evaluation.forward import check_dtype
 from accel.files import write_whole
 from accel.latency_budget import select_for_latency
 from accel.loss_budget import ALLOWED_DISAGREEMENT, ALLOWED_ERROR, AllowedLoss
@@ -34,6 +35,7 @@ class Budget:
         allowed_error: The largest relative squared error of the outputs on held-back images.
         allowed_disagreement: The largest share of these images whose top-1 class changes.
         latency_batch: Images per batch where time is measured.
+        latency_dtype: What networks compute in where time is measured; None for their own types.
     """
 
     latency_speedup: float | None = None
@@ -42,12 +44,13 @@ class Budget:
     allowed_error: float | None = None
     allowed_disagreement: float | None = None
     latency_batch: int = 1
+    latency_dtype: str | None = None
 
     @property
     def given(self) -> dict[str, float]:
         """The budgets that are given, by name."""
         named = dataclasses.asdict(self)
-        del named["latency_batch"]
+        del named["latency_batch"], named["latency_dtype"]
         return {name: value for name, value in named.items() if value is not None}
 
     @property
@@ -66,6 +69,7 @@ class Budget:
         """Raises ValueError where the budget is none or does not go with the rest."""
         if self.latency_batch < 1:
             raise ValueError(f"latency_batch is 1 or more, found {self.latency_batch}")
+        check_dtype(self.latency_dtype)
         if not self.given:
             return
         if len(self.given) > 1:
@@ -126,6 +130,7 @@ class Budget:
             self.latency_speedup,
             milliseconds=self.latency_ms,
             batch_size=self.latency_batch,
+            dtype=self.latency_dtype,
             curves=curves,
             rules=rules,
             progress=progress,

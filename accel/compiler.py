@@ -1,13 +1,20 @@
-"""What XLA is told when it compiles a network for CPU."""
+"""What XLA is told when it compiles a network for CPU, and compiling several programs at a time."""
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
 import jax
 from flax import nnx
 
+from accel.report.environment import usable_cores
+
 Options = dict[str, str | bool]
+Wanted = TypeVar("Wanted")
+Compiled = TypeVar("Compiled")
 
 # XLA (jaxlib 0.10 and 0.11) hands convolutions, products of matrices and what stands between them
 # to its library YNNPACK, several layers at a time. An empty list leaves them to Eigen, which is
@@ -37,6 +44,20 @@ def _has_depthwise(network: nnx.Module) -> bool:
         isinstance(layer, nnx.Conv) and 1 < layer.feature_group_count == layer.in_features
         for _, layer in nnx.iter_graph(network)
     )
+
+
+def compile_together(
+    compiled: Callable[[Wanted], Compiled], wanted: Sequence[Wanted]
+) -> Iterator[Compiled]:
+    """What ``compiled`` makes of each of ``wanted``, in their order, for measuring times.
+
+    As many programs are compiled at the same time as there are cores. No program is being compiled
+    while the caller works with one, and no more are held than are compiled together.
+    """
+    together = usable_cores()
+    with ThreadPoolExecutor(together) as pool:
+        for begin in range(0, len(wanted), together):
+            yield from list(pool.map(compiled, wanted[begin : begin + together]))
 
 
 @functools.cache

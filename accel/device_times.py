@@ -13,25 +13,26 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from flax import nnx
 from jaxtyping import Float64
 
-from accel.compiler import Options
-from accel.decompositions import DECOMPOSITIONS, Decomposition
+from accel.compiler import Options, compile_together
+from accel.decompositions import DECOMPOSITIONS
 from accel.error_curves import ErrorCurve
-from accel.evaluation.forward import forward_function
+from accel.evaluation.forward import forward_function, in_dtype
 from accel.files import write_whole
-from accel.inference import with_any_weights, with_weights
+from accel.inference import compile_with_weights, with_any_weights
 from accel.interpreter import specification
 from accel.memory import keep_free_memory, kept_memory, one_pool
 from accel.plan import LayerPlan
@@ -103,40 +104,83 @@ def layer_seconds(
         activation: What follows.
         options: What the compiler is told, as for the network that the layer is of.
     """
-    forward, state = forward_function(with_any_weights(layer))
-    function, arguments = with_weights(forward, state)
-    inputs = jax.device_put(np.ones(input_shape, dtype))
+    return _seconds(_looped(layer, input_shape, dtype, activation, options))
 
-    def looped(count: int, *given: Any) -> jax.Array:
-        """The layer ``count`` times, each time on inputs that hang on the outputs before.
+
+class _Loop(NamedTuple):
+    """A compiled program that runs a layer some times."""
+
+    program: jax.stages.Compiled
+    arguments: tuple[Any, ...]
+    inputs: jax.ShapeDtypeStruct
+
+
+def _looped(
+    layer: nnx.Module,
+    input_shape: Sequence[int],
+    dtype: Any,
+    activation: Activation,
+    options: Options | None,
+) -> _Loop:
+    """Compiles a layer for ``_seconds``; the arguments are those of ``layer_seconds``."""
+    forward, state = forward_function(with_any_weights(layer))
+    inputs = jax.ShapeDtypeStruct(tuple(input_shape), dtype)
+    runs = _runs_per_turn()
+
+    def looped(
+        network: Callable[[jax.Array], jax.Array], count: int, images: jax.Array
+    ) -> list[jax.Array]:
+        """``count`` turns that run the layer, each time on inputs that hang on the outputs before.
 
         They are the same, but the compiler must not know, or it would run the layer once. (Writing
-        one element instead made it copy all of them at every run.) The outputs are handed from run
-        to run, so that all of them are computed.
+        one element instead made it copy all of them at every run.) The outputs are handed from turn
+        to turn, so that all of them are computed.
         """
-        *weights, images = given
 
-        def once(_: Any, carried: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-            inputs, _ = jax.lax.optimization_barrier(carried)
-            return inputs, activate(function(*weights, inputs), activation)
+        def turn(
+            _: Any, carried: tuple[jax.Array, list[jax.Array]]
+        ) -> tuple[jax.Array, list[jax.Array]]:
+            inputs, outputs = carried
+            outputs = list(outputs)
+            for run in range(runs):
+                before = outputs[run - 1]
+                inputs, outputs[run - 1] = jax.lax.optimization_barrier((inputs, before))
+                outputs[run] = activate(network(inputs), activation)
+            return inputs, outputs
 
-        outputs = jax.eval_shape(function, *weights, images)
-        nothing = jax.numpy.zeros(outputs.shape, outputs.dtype)
-        return jax.lax.fori_loop(0, count, once, (images, nothing))[1]
+        outputs = jax.eval_shape(network, images)
+        nothing = [jax.numpy.zeros(outputs.shape, outputs.dtype) for _ in range(runs)]
+        return jax.lax.fori_loop(0, count, turn, (images, nothing))[1]
 
-    keep_free_memory()
     # How often is an argument, so that the program is compiled once.
-    run = jax.jit(looped).lower(1, *arguments, inputs).compile(options)
+    program, arguments = compile_with_weights(looped, forward, state, 1, inputs, options=options)
+    return _Loop(program, arguments, inputs)
+
+
+def _runs_per_turn() -> int:
+    """How often a turn of the loop runs the layer: once on CPU.
+
+    Elsewhere the host has to look after each turn whether there is another one, which takes as long
+    as a small layer.
+    """
+    return 1 if jax.default_backend() == "cpu" else 4
+
+
+def _seconds(loop: _Loop) -> float:
+    """Seconds of one run of the layer (see ``layer_seconds``)."""
+    run, arguments = loop.program, loop.arguments
+    inputs = jax.device_put(np.ones(loop.inputs.shape, loop.inputs.dtype))
+    keep_free_memory()
 
     def shortest(count: int) -> float:
         times = []
         for _ in range(REPEATS):
             start = time.perf_counter()
-            jax.block_until_ready(run(count, *arguments, inputs))
+            jax.block_until_ready(run(*arguments, count, inputs))
             times.append(time.perf_counter() - start)
         return min(times)
 
-    jax.block_until_ready(run(1, *arguments, inputs))
+    jax.block_until_ready(run(*arguments, 1, inputs))
     # The loop begins with copies of what it is given: a tenth of a layer's time and more where
     # large images go through few channels. What is left has to be more than their noise.
     handing_over = shortest(0)
@@ -145,7 +189,7 @@ def layer_seconds(
     while True:
         total = shortest(count)
         if total - handing_over >= enough:
-            return (total - handing_over) / count
+            return (total - handing_over) / (count * _runs_per_turn())
         count = max(2 * count, round(TIMED_SECONDS * count / total))
 
 
@@ -179,14 +223,28 @@ class TimeCache:
                 raise ValueError(f"{self.file} holds no times of layers: {error!r}") from error
 
     def seconds(
-        self, layer: nnx.Module, input_shape: Sequence[int], dtype: Any, activation: Activation
-    ) -> float:
-        """``layer_seconds``, timed only where it is not known."""
+        self,
+        layers: Sequence[nnx.Module],
+        input_shape: Sequence[int],
+        dtype: Any,
+        activation: Activation,
+    ) -> list[float]:
+        """``layer_seconds`` of each layer, timed only where it is not known."""
         known = self.content["seconds"]
-        key = f"{_text(layer)} of {np.dtype(dtype).name}{list(input_shape)} {activation}"
-        if key not in known:
-            known[key] = layer_seconds(layer, input_shape, dtype, activation, self.options)
-        return known[key]
+        shape = f"{np.dtype(dtype).name}{list(input_shape)}"
+        keys = [f"{_text(layer)} of {shape} {activation}" for layer in layers]
+        unknown = {key: layer for key, layer in zip(keys, layers, strict=True) if key not in known}
+        looped = partial(
+            _looped,
+            input_shape=input_shape,
+            dtype=dtype,
+            activation=activation,
+            options=self.options,
+        )
+        loops = compile_together(looped, list(unknown.values()))
+        for key, loop in zip(unknown, loops, strict=True):
+            known[key] = _seconds(loop)
+        return [known[key] for key in keys]
 
     def save(self) -> None:
         """Writes the file, whole or not at all."""
@@ -217,6 +275,7 @@ def measure_times(
     curves: Mapping[str, ErrorCurve],
     batch_size: int,
     *,
+    dtype: str | None = None,
     options: Options | None,
     cache: Path | None = None,
     progress: Progress | None = None,
@@ -229,6 +288,7 @@ def measure_times(
         calls: The layers that can be replaced.
         curves: From ``measure_errors``: the chains to choose from.
         batch_size: Images per batch.
+        dtype: What the layers compute in, such as ``bfloat16``; None for the types that they have.
         options: What the compiler is told (``Program.options``).
         cache: A folder that keeps times; by default ``default_cache()``.
         progress: Receives what is being done.
@@ -247,8 +307,12 @@ def measure_times(
         given = specification(call.input)
         # What a layer is given has the images' axis in front, or the network could not be cut.
         shape = (batch_size, *given.shape[1:])
+        layer = call.layer if dtype is None else in_dtype(call.layer, dtype)
         timed = partial(
-            known.seconds, input_shape=shape, dtype=given.dtype, activation=call.activation
+            known.seconds,
+            input_shape=shape,
+            dtype=dtype or given.dtype,
+            activation=call.activation,
         )
         chosen = [curves[other.path] for other in same]
         macs = {
@@ -257,7 +321,7 @@ def measure_times(
             for chain, cost in zip(curve.candidates, curve.macs, strict=True)
         }
         with kept_memory():
-            dense, seconds = timed(call.layer), _chain_seconds(call, macs, timed)
+            (dense,), seconds = timed([layer]), _chain_seconds(layer, macs, timed)
         for other, curve in zip(same, chosen, strict=True):
             chains = np.array([seconds[chain] for chain in curve.candidates])
             times[other.path] = LayerTimes(dense, curve.candidates, chains)
@@ -267,7 +331,9 @@ def measure_times(
 
 
 def _chain_seconds(
-    call: LayerCall, macs: Mapping[Candidate, int], timed: Callable[[nnx.Module], float]
+    layer: nnx.Module,
+    macs: Mapping[Candidate, int],
+    timed: Callable[[Sequence[nnx.Module]], list[float]],
 ) -> dict[Candidate, float]:
     """The times of a layer's chains, whose MACs are given."""
     seconds: dict[Candidate, float] = {}
@@ -275,14 +341,21 @@ def _chain_seconds(
     for chain in sorted(macs, key=lambda chain: macs[chain]):
         step = all(rank % STEP == 0 for rank in chain.ranks)
         groups.setdefault((chain.decomposition, step), []).append(chain)
-    for (kind, _), chains in groups.items():
-        chosen = [chains[place] for place in sorted({round(s * (len(chains) - 1)) for s in SHARES})]
-        found = [timed(_chain(call, DECOMPOSITIONS[kind], chain.ranks)) for chain in chosen]
+    chosen = {
+        group: [chains[place] for place in sorted({round(s * (len(chains) - 1)) for s in SHARES})]
+        for group, chains in groups.items()
+    }
+    every = list(itertools.chain.from_iterable(chosen.values()))
+    found = dict(zip(every, timed([_chain(layer, chain) for chain in every]), strict=True))
+    for group, chains in groups.items():
+        places = chosen[group]
         # Of two ranks, other balances at equal MACs were up to a quarter apart; as a rule less.
-        every = np.interp([macs[c] for c in chains], [macs[c] for c in chosen], found)
-        seconds |= dict(zip(chains, every.tolist(), strict=True))
+        between = np.interp(
+            [macs[c] for c in chains], [macs[c] for c in places], [found[c] for c in places]
+        )
+        seconds |= dict(zip(chains, between.tolist(), strict=True))
     return seconds
 
 
-def _chain(call: LayerCall, decomposition: Decomposition, ranks: Sequence[int]) -> nnx.Module:
-    return chain_for(call.layer, decomposition.factors(call.layer, *ranks))
+def _chain(layer: Any, chain: Candidate) -> nnx.Module:
+    return chain_for(layer, DECOMPOSITIONS[chain.decomposition].factors(layer, *chain.ranks))

@@ -82,7 +82,8 @@ class Experiment:
         distillation: How the accelerated network is then distilled from the original, on the same
             images (``accel.repair.distill``); None for not at all.
         inference_dtype: What the accelerated network computes in when it is evaluated, and both
-            networks when they are timed, such as ``bfloat16``; None for the types that they have.
+            networks when they are timed, for a budget in time as well, such as ``bfloat16``; None
+            for the types that they have.
         latency_batches: Batch sizes to time; none for no timing.
         latency_seconds: Time for timing.
         image_limit: How many images to use of each kind at most; None for all.
@@ -188,6 +189,7 @@ class Experiment:
             latency_speedup=self.latency_speedup,
             latency_ms=self.latency_ms,
             latency_batch=self.latency_batch,
+            latency_dtype=self.inference_dtype,
             parameter_ratio=self.parameter_ratio,
             allowed_error=self.allowed_error,
             allowed_disagreement=self.allowed_disagreement,
@@ -270,12 +272,6 @@ def run(experiment: Experiment, name: str, out: Path, progress: Progress) -> Res
     if experiment.second_sweep < 0:
         raise ValueError(f"second_sweep is 0 or more, found {experiment.second_sweep}")
     check_dtype(experiment.inference_dtype)
-    by_time = (experiment.latency_speedup, experiment.latency_ms) != (None, None)
-    if by_time and experiment.inference_dtype is not None:
-        raise ValueError(
-            "plans by time are timed in the network's own types: inference_dtype of"
-            f" {experiment.inference_dtype} cannot be given with latency_speedup or latency_ms"
-        )
     original = experiment.load_model()
     if experiment.inference_dtype is not None:
         in_dtype(original, experiment.inference_dtype)  # Values beyond its range show now.

@@ -7,7 +7,7 @@ run faster by Eigen than joined with others by YNNPACK (``accel.compiler``), max
 maximum of slices (``accel.pooling``). Memory that a run frees has to stay with the process, or the
 next one begins with page faults (``keep_free_memory``; for blocks above 64 MiB ``use_one_pool`` as
 well, which a program has to call before JAX is used, as the command line does). On other devices
-nothing of the kind has been measured, and weights are arguments.
+weights are arguments, laid out in memory as the program wants them.
 
 Also tried there, and no gain over convolutions by Eigen: 1×1 convolutions as products of matrices,
 and ranks filled up to multiples of 8 or 16 (scripts/measure_runtime_forms.py).
@@ -18,14 +18,16 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.experimental.layout import Format, Layout
 
-from accel.compiler import network_options
+from accel.compiler import Options, network_options
 from accel.evaluation.forward import Forward, forward_function
 from accel.memory import keep_free_memory
 from accel.pooling import with_sliced_pooling
@@ -44,6 +46,7 @@ class Inference:
 
     Attributes:
         shape: Shape of a batch of images, ``(batch, height, width, channels)``.
+        dtype: What it computes in (see ``forward_function``); None for the types that it has.
         program: What the compiler made of it.
         arguments: What the program is given before the images: the weights, or nothing where they
             are part of it.
@@ -51,6 +54,7 @@ class Inference:
     """
 
     shape: tuple[int, ...]
+    dtype: str | None
     program: jax.stages.Compiled
     arguments: tuple[Any, ...]
     seconds: float
@@ -74,21 +78,56 @@ def compile_inference(
     forward, state = forward_function(model, dtype)
     images = jax.ShapeDtypeStruct(tuple(shape), np.float32)
     start = time.perf_counter()
-    function, arguments = with_weights(forward, state)
-    if jax.default_backend() == "cpu":
-        function = with_sliced_pooling(function)
-    program = jax.jit(function).lower(*arguments, images).compile(network_options(model))
-    return Inference(images.shape, program, arguments, time.perf_counter() - start)
+
+    def answer(network: Callable[[jax.Array], Any], images: jax.Array) -> Any:
+        return (with_sliced_pooling(network) if jax.default_backend() == "cpu" else network)(images)
+
+    program, arguments = compile_with_weights(
+        answer, forward, state, images, options=network_options(model)
+    )
+    return Inference(images.shape, dtype, program, arguments, time.perf_counter() - start)
 
 
-def with_weights(forward: Forward, state: Any) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-    """A network's function and the arguments before the images, in the form that is fastest."""
-    weight_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
-    if jax.default_backend() != "cpu" or weight_bytes > CONSTANT_BYTES:
-        return forward, (state,)
+def compile_with_weights(
+    function: Callable[..., Any],
+    forward: Forward,
+    state: Any,
+    *inputs: Any,
+    options: Options | None,
+) -> tuple[jax.stages.Compiled, tuple[Any, ...]]:
+    """Compiles what a function does with a network, its weights in the form that is fastest.
+
+    Args:
+        function: Called with the network, a function of images, and the inputs.
+        forward: The network's function.
+        state: Its weights.
+        inputs: Arrays, or their shapes and types.
+        options: What the compiler is told.
+
+    Returns:
+        The program, and what it has to be given before the inputs: the weights, laid out in memory
+        as the program wants them, or nothing where they are part of it.
+    """
     weights, structure = jax.tree.flatten(state)
-    # Put together inside the trace: variables may be used only where they were made.
-    return lambda images: forward(structure.unflatten(weights), images), ()
+
+    def of_network(weights: Sequence[Any], *inputs: Any) -> Any:
+        # Put together inside each trace: variables may be used only where they were made.
+        return function(lambda images: forward(structure.unflatten(weights), images), *inputs)
+
+    weight_bytes = sum(leaf.nbytes for leaf in weights)
+    if jax.default_backend() == "cpu" and weight_bytes <= CONSTANT_BYTES:
+        return jax.jit(partial(of_network, weights)).lower(*inputs).compile(options), ()
+    # Left to itself, a program gets its weights row by row and lays them out anew at every run.
+    kernels = [leaf.ndim > 1 and jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in weights]
+    formats = [Format(Layout.AUTO) if kernel else None for kernel in kernels]
+    jitted = jax.jit(of_network, in_shardings=(formats, *(None for _ in inputs)), keep_unused=True)
+    program = jitted.lower(weights, *inputs).compile(options)
+    wanted = program.input_formats[0][0]
+    laid_out = [
+        jax.device_put(leaf, as_wanted) if kernel else leaf
+        for leaf, as_wanted, kernel in zip(weights, wanted, kernels, strict=True)
+    ]
+    return program, (laid_out,)
 
 
 def with_any_weights(model: nnx.Module) -> nnx.Module:

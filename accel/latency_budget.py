@@ -49,6 +49,7 @@ def select_for_latency(
     *,
     milliseconds: float | None = None,
     batch_size: int = 1,
+    dtype: str | None = None,
     curves: Mapping[str, ErrorCurve] | None = None,
     times: Mapping[str, LayerTimes] | None = None,
     rules: Rules | None = None,
@@ -64,9 +65,11 @@ def select_for_latency(
         speedup: Its time for a batch over that of the accelerated network, on the default device.
         milliseconds: The time for a batch, instead of ``speedup``; the original is timed first.
         batch_size: Images per batch.
+        dtype: What both networks compute in when they are timed, such as ``bfloat16``; None for the
+            types that they have.
         curves: From ``measure_errors``, which is called where they are not given.
-        times: From ``correct_times`` for this batch size, which is called after ``measure_times``
-            where they are not given.
+        times: From ``correct_times`` for this batch size and type, which is called after
+            ``measure_times`` where they are not given.
         rules: As in ``accelerate``.
         seconds: Time for timing one plan, in turns with the original.
         cache: Folder of the times of layers; by default ``accel.device_times.default_cache()``.
@@ -87,7 +90,7 @@ def select_for_latency(
     elif milliseconds is None:
         raise ValueError("neither a speedup nor milliseconds are asked for")
     image_shape = specification(calibration.program.images).shape[1:]
-    compiled = compile_inference(original, (batch_size, *image_shape))
+    compiled = compile_inference(original, (batch_size, *image_shape), dtype)
     if milliseconds is not None:
         networks = {"original": compiled, "accelerated": compiled}
         with kept_memory():
@@ -108,6 +111,7 @@ def select_for_latency(
             calls,
             curves,
             batch_size,
+            dtype=dtype,
             options=calibration.program.options,
             cache=cache,
             progress=progress,

@@ -33,7 +33,7 @@ from accel.plan import AccelerationPlan
 from accel.progress import Progress
 from accel.rank_selection import Rules
 from accel.selection import least_seconds, select_by_time
-from accel.timed_plan import TimedPlan, time_plan
+from accel.timed_plan import TimedPlan, time_plans
 
 PLANS = 24
 # λ: so that a kind that is in few of the plans has about the mean scale.
@@ -78,8 +78,8 @@ def correct_times(
     progress.begin(f"timing networks at batch {original.shape[0]}", len(plans))
     timed = []
     with kept_memory():
-        for plan in plans:
-            timed.append(time_plan(calibration, original, plan, times, seconds))
+        for found in time_plans(calibration, original, plans, times, seconds):
+            timed.append(found)
             progress.advance(1)
     scales, rest = _fitted(timed, times)
     share = rest / 1000 / len(times)

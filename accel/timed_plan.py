@@ -6,10 +6,11 @@ The time of a network does not hang on the values of its weights.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 from accel.benchmark import time_in_turns
 from accel.calibration import Calibration
+from accel.compiler import compile_together
 from accel.device_times import LayerTimes
 from accel.inference import Inference, compile_inference, with_any_weights
 from accel.plan import AccelerationPlan
@@ -41,6 +42,41 @@ class TimedPlan:
         return {k: v for k, v in dataclasses.asdict(self).items() if k != "plan"}
 
 
+def time_plans(
+    calibration: Calibration,
+    original: Inference,
+    plans: Sequence[AccelerationPlan],
+    times: Mapping[str, LayerTimes],
+    seconds: float,
+) -> Iterator[TimedPlan]:
+    """Times networks of the plans' shapes, with any weights, each in turns with the original.
+
+    Args:
+        calibration: From ``calibrate``.
+        original: The original network, compiled for the batches; the others compute in the same
+            type.
+        plans: What becomes of each layer.
+        times: The times of the layers; each of the chains is among those of the error curves.
+        seconds: How long to time one plan.
+    """
+
+    def compiled(plan: AccelerationPlan) -> Inference:
+        network = with_any_weights(rewrite(calibration.model, plan))
+        return compile_inference(network, original.shape, original.dtype)
+
+    for plan, network in zip(plans, compile_together(compiled, plans), strict=True):
+        networks = {"original": original, "accelerated": network}
+        row = time_in_turns(networks, repeats=200, seconds=seconds)
+        yield TimedPlan(
+            plan,
+            original.shape[0],
+            row["original_ms"],
+            row["accelerated_ms"],
+            sum_ms(plan, times),
+            row["speedup"],
+        )
+
+
 def time_plan(
     calibration: Calibration,
     original: Inference,
@@ -48,26 +84,9 @@ def time_plan(
     times: Mapping[str, LayerTimes],
     seconds: float,
 ) -> TimedPlan:
-    """Times a network of the plan's shape, with any weights, in turns with the original.
-
-    Args:
-        calibration: From ``calibrate``.
-        original: The original network, compiled for the batches.
-        plan: What becomes of each layer.
-        times: The times of its layers; each of its chains is among those of the error curves.
-        seconds: How long to time.
-    """
-    network = with_any_weights(rewrite(calibration.model, plan))
-    networks = {"original": original, "accelerated": compile_inference(network, original.shape)}
-    row = time_in_turns(networks, repeats=200, seconds=seconds)
-    return TimedPlan(
-        plan,
-        original.shape[0],
-        row["original_ms"],
-        row["accelerated_ms"],
-        sum_ms(plan, times),
-        row["speedup"],
-    )
+    """``time_plans`` for one plan."""
+    (timed,) = time_plans(calibration, original, [plan], times, seconds)
+    return timed
 
 
 def sum_ms(plan: AccelerationPlan, times: Mapping[str, LayerTimes]) -> float:

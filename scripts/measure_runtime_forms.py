@@ -4,9 +4,10 @@
 
 The network of the config and the one that the plan of a run (its ``report.json``) makes of it, both
 with drawn weights, are timed in turns in several forms: as ``jax.jit`` runs them, with weights
-inside the program, with convolutions by Eigen (on CPU), as ``accel.compile_inference`` does it,
-which also pools by slices, and with what else was tried: 1×1 convolutions as products of matrices,
-and ranks filled up to multiples of 8 or 16. So are their gradients by all weights, as ``jax.jit``
+inside the program (on CPU; elsewhere laid out in memory as the program wants them), with
+convolutions by Eigen (on CPU), as ``accel.compile_inference`` does it, which also pools by slices
+on CPU, and with what else was tried: 1×1 convolutions as products of matrices, and ranks filled up
+to multiples of 8 or 16. So are their gradients by all weights, as ``jax.jit``
 compiles them and as training here does. The device should have nothing else to do.
 """
 
@@ -31,7 +32,7 @@ from accel.configuration import load_config
 from accel.evaluation.forward import forward_function
 from accel.experiment import Experiment
 from accel.files import write_whole
-from accel.inference import compile_inference, with_any_weights, with_weights
+from accel.inference import compile_inference, compile_with_weights, with_any_weights
 from accel.memory import kept_memory, use_one_pool
 from accel.plan import AccelerationPlan, LayerPlan
 from accel.report.environment import command_line, device_name, versions
@@ -122,14 +123,19 @@ def runs(
 
     forms: dict[str, Callable[[], Any]] = {}
     gradients: dict[str, Callable[[], Any]] = {}
+    on_cpu = jax.default_backend() == "cpu"
+    weights = "weights inside the program" if on_cpu else "weights laid out for the program"
     accelerated = planned()
     for name, network in (("original", original), ("accelerated", accelerated)):
         forward, state = forward_function(network)
         forms[f"{name}: jax.jit"] = bound(jax.jit(forward), state)
-        function, arguments = with_weights(forward, state)
-        forms[f"{name}: weights inside the program"] = bound(jax.jit(function), *arguments)
-        by_eigen = jax.jit(function, compiler_options=network_options(network))
-        forms[f"{name}: and convolutions by Eigen"] = bound(by_eigen, *arguments)
+        options = network_options(network)
+        for form, told in {weights: None, "and convolutions by Eigen": options}.items():
+            if form == weights or options is not None:
+                program, arguments = compile_with_weights(
+                    lambda network, images: network(images), forward, state, images, options=told
+                )
+                forms[f"{name}: {form}"] = bound(program, *arguments)
         forms[f"{name}: {COMPILED}"] = bound(compile_inference(network, shape))
         for form, options in (("jax.jit", None), ("accel", network_options(network))):
             gradients[f"{name}: gradient, {form}"] = bound(*gradient(network, options))

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from accel import compile_inference
+from accel import compile_inference, inference
 from accel.evaluation import compare_outputs
 from accel.evaluation.forward import forward_function, in_dtype
 from accel.images import ArraySource
@@ -106,3 +106,14 @@ def test_any_weights_of_a_parameter_without_axes():
     model = networks.network("chain")
     model.scale = nnx.Param(jnp.array(2.0))
     assert with_any_weights(model).scale[...].shape == ()
+
+
+def test_weights_too_large_for_the_program_are_given_to_it(monkeypatch):
+    """As on other devices than CPU: the program says how they lie in memory."""
+    model = networks.network("residual")
+    inside = compile_inference(model, IMAGES.shape)
+    monkeypatch.setattr(inference, "CONSTANT_BYTES", 0)
+    given = compile_inference(model, IMAGES.shape)
+    count = len(jax.tree.leaves(nnx.state(model)))
+    assert len(jax.tree.leaves(given.arguments)) == count
+    np.testing.assert_allclose(given(IMAGES), inside(IMAGES), rtol=1e-5, atol=1e-6)

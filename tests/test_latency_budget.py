@@ -80,12 +80,21 @@ def plant_times(monkeypatch, milliseconds):
         after = milliseconds(networks["accelerated"].network)
         return {"original_ms": before, "accelerated_ms": after, "speedup": before / after}
 
-    def compile_inference(network, shape):
-        return types.SimpleNamespace(network=network, shape=shape)
+    def compile_inference(network, shape, dtype=None):
+        return types.SimpleNamespace(network=network, shape=shape, dtype=dtype)
 
     monkeypatch.setattr(latency_budget, "compile_inference", compile_inference)
     monkeypatch.setattr(timed_plan, "compile_inference", compile_inference)
     monkeypatch.setattr(timed_plan, "time_in_turns", time_in_turns)
+
+
+def one_by_one(plan_timed):
+    """``time_plans`` by a function that times a plan."""
+
+    def time_plans(calibration, original, plans, times, seconds):
+        return (plan_timed(calibration, original, plan, times, seconds) for plan in plans)
+
+    return time_plans
 
 
 def compiled(model, calibration):
@@ -137,20 +146,20 @@ def test_what_is_handed_over_is_not_in_the_time():
 def test_times_are_kept_on_disk_and_damage_is_named(tmp_path):
     cache = TimeCache(tmp_path, None)
     layer, shape = conv(4, 4), (1, 8, 8, 4)
-    assert cache.seconds(layer, shape, np.float32, "relu") > 0
+    assert cache.seconds([layer], shape, np.float32, "relu")[0] > 0
     cache.save()
     content = json.loads(cache.file.read_text())
     (key,) = content["seconds"]
     content["seconds"][key] = 42.0
     cache.file.write_text(json.dumps(content))
-    assert TimeCache(tmp_path, None).seconds(layer, shape, np.float32, "relu") == 42.0
+    assert TimeCache(tmp_path, None).seconds([layer], shape, np.float32, "relu") == [42.0]
     valid = nnx.Conv(4, 4, (3, 3), padding="VALID", rngs=nnx.Rngs(0))
     again = TimeCache(tmp_path, None)
-    assert again.seconds(conv(4, 5), shape, np.float32, "relu") < 42.0
-    assert again.seconds(valid, shape, np.float32, "relu") < 42.0
-    assert again.seconds(layer, (2, 8, 8, 4), np.float32, "relu") < 42.0
-    assert again.seconds(layer, shape, np.float32, "identity") < 42.0
-    assert again.seconds(layer, shape, jnp.bfloat16, "relu") < 42.0
+    assert again.seconds([conv(4, 5)], shape, np.float32, "relu")[0] < 42.0
+    assert again.seconds([valid], shape, np.float32, "relu")[0] < 42.0
+    assert again.seconds([layer], (2, 8, 8, 4), np.float32, "relu")[0] < 42.0
+    assert again.seconds([layer], shape, np.float32, "identity")[0] < 42.0
+    assert again.seconds([layer], shape, jnp.bfloat16, "relu")[0] < 42.0
     cache.file.write_text("[]")
     with pytest.raises(ValueError, match=r"times-.*json holds no times of layers"):
         TimeCache(tmp_path, None)
@@ -162,9 +171,9 @@ def test_times_between_measured_ranks_are_interpolated(measured, round_ranks_tak
     _, calibration, curves = measured
     asked = []
 
-    def timed(chain):
-        asked.append(chain)
-        return seconds(chain.factors[0].out_features)
+    def timed(chains):
+        asked.extend(chains)
+        return [seconds(chain.factors[0].out_features) for chain in chains]
 
     def seconds(rank):
         return rank * (round_ranks_take if rank % 8 == 0 else 1.0)
@@ -174,7 +183,7 @@ def test_times_between_measured_ranks_are_interpolated(measured, round_ranks_tak
     curve = curve.chosen([len(candidate.ranks) == 1 for candidate in curve.candidates])
     candidates = curve.candidates
     macs = dict(zip(candidates, curve.macs.tolist(), strict=True))
-    found = _chain_seconds(call, macs, timed)
+    found = _chain_seconds(call.layer, macs, timed)
     # Round and other ranks of three kinds.
     assert len(asked) <= min(len(candidates), 3 * 2 * len(SHARES))
     chains = np.array([found[candidate] for candidate in candidates])
@@ -194,15 +203,21 @@ def test_times_of_all_kinds_are_interpolated_over_macs(measured, round_ranks_tak
     (call,) = (call for call in calibration.calls if call.path == "dilated")
     curve = curves["dilated"]
 
-    def timed(chain):
-        ranks = [factor.out_features for factor in chain.factors[:-1]]
+    def timed(chains):
         # Without strides every factor has as many positions.
-        return seconds(ranks, sum(factor.kernel[...].size for factor in chain.factors))
+        return [
+            seconds(
+                [factor.out_features for factor in chain.factors[:-1]],
+                sum(factor.kernel[...].size for factor in chain.factors),
+            )
+            for chain in chains
+        ]
 
     def seconds(ranks, macs):
         return macs * (round_ranks_take if all(rank % 8 == 0 for rank in ranks) else 1.0)
 
-    found = _chain_seconds(call, dict(zip(curve.candidates, curve.macs, strict=True)), timed)
+    macs = dict(zip(curve.candidates, curve.macs, strict=True))
+    found = _chain_seconds(call.layer, macs, timed)
     assert {len(candidate.ranks) for candidate in curve.candidates} == {1, 2}
     positions = math.prod(call.output.aval.shape[1:-1])
     wanted = [
@@ -235,11 +250,12 @@ def test_layers_of_one_shape_are_timed_once(tmp_path, monkeypatch):
     curves["second"] = whole.chosen((places % 3 != 1).tolist())
     asked: list[nnx.Module] = []
 
-    def layer_seconds(layer, *arguments):
+    def parameters(layer, **arguments):
         asked.append(layer)
         return float(sum(part.size for part in jax.tree.leaves(nnx.state(layer, nnx.Param))))
 
-    monkeypatch.setattr(device_times, "layer_seconds", layer_seconds)
+    monkeypatch.setattr(device_times, "_looped", parameters)
+    monkeypatch.setattr(device_times, "_seconds", lambda parameters: parameters)
 
     def timed(*paths):
         asked.clear()
@@ -351,7 +367,7 @@ def test_times_are_corrected_by_those_of_whole_networks(measured, monkeypatch, s
             plan, 1, slow * original, slow * whole, sum_ms(plan, times), original / whole
         )
 
-    monkeypatch.setattr(time_correction, "time_plan", plan_timed)
+    monkeypatch.setattr(time_correction, "time_plans", one_by_one(plan_timed))
     corrected = correct_times(calibration, compiled(model, calibration), times, curves)
     assert not outliers
     # Times of another speed of the machine are as good as any: what counts are shares.
@@ -377,7 +393,7 @@ def test_where_layers_are_lost_in_noise_their_times_stay_what_they_are(measured,
         whole = 100 * dense - 0.5 * sum_ms(plan, times)
         return TimedPlan(plan, 1, 99.5 * dense, whole, sum_ms(plan, times), 99.5 * dense / whole)
 
-    monkeypatch.setattr(time_correction, "time_plan", plan_timed)
+    monkeypatch.setattr(time_correction, "time_plans", one_by_one(plan_timed))
     corrected = correct_times(calibration, compiled(model, calibration), times, curves)
     for path, layer in corrected.items():
         faster = times[path].chains < times[path].dense
@@ -403,7 +419,7 @@ def test_a_kind_in_no_timed_plan_is_scaled_like_the_others(measured, monkeypatch
         whole = 3 * sum_ms(plan, times)
         return TimedPlan(plan, 1, original, whole, whole / 3, original / whole)
 
-    monkeypatch.setattr(time_correction, "time_plan", plan_timed)
+    monkeypatch.setattr(time_correction, "time_plans", one_by_one(plan_timed))
     corrected = correct_times(calibration, compiled(model, calibration), times, curves)
     for path, layer in corrected.items():
         assert layer.dense == pytest.approx(3 * times[path].dense, rel=0.01)
