@@ -109,13 +109,14 @@ def time_in_turns(
     The process keeps the memory that they free (see ``Inference``), for what is timed next.
 
     Args:
-        networks: ``original`` and ``accelerated``, compiled for batches of one shape.
+        networks: ``original``, ``accelerated`` and others, compiled for batches of one shape.
         repeats: Most runs of each.
         seconds: Time for all timed runs together, as in ``latency``.
         peers: What else takes part in the turns, by name.
 
     Returns:
-        A row of ``latency``, with the times of the peers as well.
+        A row of ``latency``, with the times of all that took part; ``speedup`` only where there is
+        a network named ``accelerated``.
     """
     shape = networks["original"].shape
     images = jax.device_put(np.random.default_rng(0).standard_normal(shape, np.float32))
@@ -130,7 +131,8 @@ def time_in_turns(
         low, median, high = np.percentile(times, [25, 50, 75])
         row[f"{name}_ms"] = float(median)
         row[f"{name}_spread_ms"] = float(high - low)
-    row["speedup"] = row["original_ms"] / row["accelerated_ms"]
+    if "accelerated" in networks:
+        row["speedup"] = row["original_ms"] / row["accelerated_ms"]
     row["runs"] = len(milliseconds["original"])
     return row
 
@@ -315,8 +317,11 @@ def _peers(
 def xla_flops(compiled: jax.stages.Compiled) -> float | None:
     """Floating-point operations of a program by XLA's cost analysis, None where it does not tell.
 
-    A multiply-accumulate is two of them.
+    A multiply-accumulate is two of them. On GPUs it leaves out what it hands to cuDNN, that is all
+    convolutions.
     """
+    if jax.default_backend() == "gpu":
+        return None
     flops = (compiled.cost_analysis() or {}).get("flops")
     # For what it does not know, such as a call of foreign code, XLA says -1.
     return float(flops) if flops is not None and flops > 0 else None

@@ -15,6 +15,8 @@ from accel.report.environment import usable_cores
 Options = dict[str, str | bool]
 Wanted = TypeVar("Wanted")
 Compiled = TypeVar("Compiled")
+# How many programs are compiled before any of them is used, at least.
+LEAST_TOGETHER = 4
 
 # XLA (jaxlib 0.10 and 0.11) hands convolutions, products of matrices and what stands between them
 # to its library YNNPACK, several layers at a time. An empty list leaves them to Eigen, which is
@@ -48,16 +50,16 @@ def _has_depthwise(network: nnx.Module) -> bool:
 
 def compile_together(
     compiled: Callable[[Wanted], Compiled], wanted: Sequence[Wanted]
-) -> Iterator[Compiled]:
+) -> Iterator[list[Compiled]]:
     """What ``compiled`` makes of each of ``wanted``, in their order, for measuring times.
 
-    As many programs are compiled at the same time as there are cores. No program is being compiled
-    while the caller works with one, and no more are held than are compiled together.
+    As many programs are compiled at the same time as there are cores. They come in groups: while
+    the caller works with a group nothing is being compiled, and no other programs are held.
     """
-    together = usable_cores()
-    with ThreadPoolExecutor(together) as pool:
-        for begin in range(0, len(wanted), together):
-            yield from list(pool.map(compiled, wanted[begin : begin + together]))
+    group = max(usable_cores(), LEAST_TOGETHER)
+    with ThreadPoolExecutor(usable_cores()) as pool:
+        for begin in range(0, len(wanted), group):
+            yield list(pool.map(compiled, wanted[begin : begin + group]))
 
 
 @functools.cache

@@ -1,18 +1,23 @@
 """Measures what a budget in time delivers: speedup asked for against speedup measured.
 
-    python scripts/measure_latency_budget.py CONFIG --out FILE.json [--FIELD VALUE ...]
+    python scripts/measure_latency_budget.py CONFIG --curves CURVES.json --out FILE.json [--FIELD …]
 
-On the experiment's network and images, for each batch size: how long timing the layers takes; what
-the plans for 2×, 3× and 4× deliver when they are timed once more, in turns with the original; what
-plans of 4× fewer MACs deliver, with any ranks and with ranks in steps of 8; how well the corrected
-times of layers tell the time of random plans; and the error on the evaluation images of the plans
-by MACs and of a plan by time that was made to be as fast as the first of them was measured to be.
-The device should have nothing else to do.
+For each batch size and type: how long timing the layers takes; what the plans for 2×, 3× and 4×
+deliver when they are timed once more, in turns with the original; what plans of 4× fewer MACs
+deliver, with any ranks and with ranks in steps of 8; the plan by time that is as fast as the first
+of these; and how well the corrected times of layers tell the time of random plans. The device
+should have nothing else to do.
+
+The errors by which plans are chosen are read from CURVES.json, or measured on the experiment's
+images and written there. Where they are read, times hang neither on weights nor on images, so that
+``--weights`` can be left out and a few images do: errors can be measured on one machine and times
+on another. What the plans' networks lose is measured by ``measure_plan_errors.py``.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import sys
 import tempfile
@@ -23,6 +28,7 @@ from typing import Annotated, Any
 
 import numpy as np
 import tyro
+from flax import nnx
 
 from accel.calibration import Calibration, calibrate
 from accel.configuration import load_config
@@ -30,21 +36,23 @@ from accel.device_times import LayerTimes, measure_times
 from accel.error_curves import ErrorCurve
 from accel.experiment import Experiment
 from accel.files import write_whole
-from accel.inference import compile_inference
+from accel.inference import Inference, compile_inference, with_any_weights
 from accel.interpreter import specification
 from accel.latency_budget import select_for_latency
-from accel.measurements import measure_errors, measure_sensitivity
+from accel.measurements import measure_errors
 from accel.memory import kept_memory, use_one_pool
-from accel.network_reconstruction import reconstruct
 from accel.plan import AccelerationPlan
 from accel.progress import LineProgress
+from accel.rank_selection import Candidate
 from accel.report.environment import command_line, device_name, versions
 from accel.selection import select_ranks, with_promising_chains, with_rank_multiple
 from accel.time_correction import correct_times, random_plans
-from accel.timed_plan import TimedPlan, time_plan
+from accel.timed_plan import TimedPlan, time_plan, time_plans
 
 # Plans of 4× fewer MACs, and what their ranks are multiples of.
 MAC_PLANS = {"by MACs": 1, "by MACs, ranks in steps of 8": 8}
+# How many images a network is traced with where errors were measured before.
+FEW_IMAGES = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,37 +60,73 @@ class Measurement:
     """What is measured (see the module's docstring).
 
     Attributes:
-        experiment: Network, weights and images.
+        experiment: Network, weights and images; plans by time have ranks that are multiples of its
+            ``rank_multiple``.
+        curves: File of the error curves.
         out: The file to write; must not exist.
         batch_sizes: Images per batch.
+        dtypes: What networks compute in.
         speedups: Asked for.
-        random_plans: How many random plans test the times of layers, per batch size.
+        random_plans: How many random plans test the times of layers, per batch size and type.
         seconds: Time for timing one plan.
-        errors: Batch sizes at which errors are measured: of the plans of 4× fewer MACs, and of the
-            one by time that is as fast as the first of them.
     """
 
     experiment: Annotated[tyro.conf.AvoidSubcommands[Experiment], tyro.conf.arg(name="")]
+    curves: Path
     out: Path
     batch_sizes: tuple[int, ...] = (1, 8)
+    dtypes: tuple[str, ...] = ("float32",)
     speedups: tuple[float, ...] = (2.0, 3.0, 4.0)
     random_plans: int = 20
     seconds: float = 8.0
-    errors: tuple[int, ...] = (1,)
 
 
 def main() -> int:
     use_one_pool()
     config = Path(sys.argv[1])
+    names = Path("curves.json"), Path("latency_budget.json")
     asked = tyro.cli(
         Measurement,
         args=sys.argv[2:],
-        default=Measurement(load_config(config, Experiment), Path("latency_budget.json")),
+        default=Measurement(load_config(config, Experiment), *names),
     )
     if asked.out.exists():
         raise FileExistsError(f"{asked.out} exists already; nothing is overwritten")
-    experiment, progress = asked.experiment, LineProgress()
-    original = experiment.load_model()
+    progress = LineProgress()
+    calibration, curves, original = _curves(asked, progress)
+    found: dict[str, Any] = {
+        "command": command_line(),
+        "device": device_name(),
+        "versions": versions(),
+        "batches": {},
+    }
+
+    def write() -> None:
+        write_whole(asked.out, json.dumps(found, indent=2) + "\n")
+        write_whole(asked.out.with_suffix(".md"), markdown(found))
+
+    for dtype, batch_size in itertools.product(asked.dtypes, asked.batch_sizes):
+        row: dict[str, Any] = {"batch_size": batch_size, "dtype": dtype}
+        found["batches"][f"{batch_size}, {dtype}"] = row
+        with kept_memory():
+            _batch(asked, calibration, original, curves, row, progress, write)
+    print(markdown(found))
+    return 0
+
+
+def _curves(
+    asked: Measurement, progress: LineProgress
+) -> tuple[Calibration, Mapping[str, ErrorCurve], nnx.Module]:
+    """The calibration, its error curves, and the original network."""
+    known, experiment = asked.curves.exists(), asked.experiment
+    if known:
+        experiment = dataclasses.replace(
+            experiment, image_limit=FEW_IMAGES, positions_per_image=1, batch_size=FEW_IMAGES
+        )
+    if known and experiment.weights is None:
+        original = with_any_weights(experiment.model.build())
+    else:
+        original = experiment.load_model()
     calibration = calibrate(
         original,
         experiment.limited(experiment.calibration),
@@ -93,53 +137,35 @@ def main() -> int:
         rules=experiment.rules,
         progress=progress,
     )
-    sensitivity = measure_sensitivity(calibration, progress=progress)
-    curves = measure_errors(calibration, sensitivity, progress=progress)
-    by_macs = {
-        name: with_rank_multiple(
-            calibration,
-            measure_errors(calibration, sensitivity, rank_multiple=multiple, progress=progress)
-            if multiple > 1
-            else curves,
-            multiple,
-            rules=experiment.rules,
+    if not known:
+        curves = measure_errors(calibration, progress=progress)
+        write_whole(asked.curves, to_json(curves))
+    return calibration, from_json(asked.curves.read_text()), original
+
+
+def to_json(curves: Mapping[str, ErrorCurve]) -> str:
+    """Error curves as JSON text."""
+    content = {
+        path: {
+            "chains": [[chain.decomposition, *chain.ranks] for chain in curve.candidates],
+            "macs": curve.macs.tolist(),
+            "errors": curve.errors.tolist(),
+        }
+        for path, curve in curves.items()
+    }
+    return json.dumps(content) + "\n"
+
+
+def from_json(text: str) -> dict[str, ErrorCurve]:
+    """The error curves that ``to_json`` wrote."""
+    return {
+        path: ErrorCurve(
+            tuple(Candidate(kind, tuple(ranks)) for kind, *ranks in curve["chains"]),
+            np.array(curve["macs"], np.int64),
+            np.array(curve["errors"]),
         )
-        for name, multiple in MAC_PLANS.items()
+        for path, curve in json.loads(text).items()
     }
-    # As for a budget in time.
-    curves = with_promising_chains(calibration, curves, rules=experiment.rules)
-    found: dict[str, Any] = {
-        "command": command_line(),
-        "device": device_name(),
-        "versions": versions(),
-        "images": len(calibration.source),
-        "batches": {},
-    }
-    plans: dict[int, dict[str, AccelerationPlan]] = {}
-    for batch_size in asked.batch_sizes:
-        with kept_memory():
-            row, plans[batch_size] = _batch(
-                asked, calibration, original, curves, by_macs, batch_size, progress
-            )
-        found["batches"][str(batch_size)] = row
-        _write(asked.out, found)
-    reference = experiment.reference(original, progress)
-    for batch_size in asked.errors:
-        row = found["batches"][str(batch_size)]
-        for name, plan in plans[batch_size].items():
-            progress.say(f"fitting the {name} plan for batch {batch_size}")
-            result = reconstruct(calibration, plan, sensitivity=sensitivity)
-            metrics = experiment.evaluate(reference, result.model, progress)
-            row["with_errors"][name]["metrics"] = metrics
-            _write(asked.out, found)
-    print(markdown(found))
-    return 0
-
-
-def _write(out: Path, found: Mapping[str, Any]) -> None:
-    """All figures, and the table of the ones that matter beside them."""
-    write_whole(out, json.dumps(found, indent=2) + "\n")
-    write_whole(out.with_suffix(".md"), markdown(found))
 
 
 def markdown(found: Mapping[str, Any]) -> str:
@@ -154,29 +180,21 @@ def markdown(found: Mapping[str, Any]) -> str:
         )
 
     for batch, measured in found["batches"].items():
-        for asked, row in measured["asked"].items():
+        for asked, row in measured.get("asked", {}).items():
             if "refused" in row:
                 text.append(f"| {batch} | {asked}× by time | | | refused | | |")
             else:
                 text.append(line(batch, f"{asked}× by time", row, float(asked)))
-        for name, row in measured["mac_plans_4x"].items():
+        for name, row in measured.get("mac_plans_4x", {}).items():
             text.append(line(batch, f"4× {name}", row, 4.0))
-    errors = [
-        f"| {batch} | {name} | {row['speedup']:.2f}× | {row['mac_speedup']:.2f}×"
-        f" | {metric} | {values['accelerated']:.4f} |"
-        for batch, measured in found["batches"].items()
-        for name, row in measured["with_errors"].items()
-        for metric, values in row.get("metrics", {}).items()
-    ]
-    if errors:
-        head = "| batch | plan | measured | MACs | metric | value |"
-        text += ["", "**errors**", "", head, "|--:|---|--:|--:|---|--:|", *errors]
     text += ["", "**prediction**", ""]
     text += [
         "| batch | timing the layers | times of random plans off, median | speedups off |",
         "|--:|--:|--:|--:|",
     ]
     for batch, measured in found["batches"].items():
+        if "random_plans" not in measured:
+            continue
         times_off, speedups_off = _off(measured["random_plans"])
         text.append(
             f"| {batch} | {measured['timing_seconds']:.0f} s"
@@ -188,95 +206,112 @@ def markdown(found: Mapping[str, Any]) -> str:
 def _batch(
     asked: Measurement,
     calibration: Calibration,
-    original: Any,
+    original: nnx.Module,
     curves: Mapping[str, ErrorCurve],
-    by_macs: Mapping[str, Mapping[str, ErrorCurve]],
-    batch_size: int,
+    row: dict[str, Any],
     progress: LineProgress,
-) -> tuple[dict[str, Any], dict[str, AccelerationPlan]]:
-    """All but the errors for one batch size, and the plans whose errors are measured."""
-    rules = asked.experiment.rules
+    write: Callable[[], None],
+) -> None:
+    """All there is to measure for a batch size and type, put into the row as it is found."""
+    rules, batch_size, dtype = asked.experiment.rules, row["batch_size"], row["dtype"]
     image_shape = specification(calibration.program.images).shape[1:]
-    compiled = compile_inference(original, (batch_size, *image_shape))
+    compiled = compile_inference(original, (batch_size, *image_shape), dtype)
+    # As for a budget in time.
+    by_time = with_rank_multiple(calibration, curves, asked.experiment.rank_multiple, rules=rules)
+    by_time = with_promising_chains(calibration, by_time, rules=rules)
 
-    def timed(plan: AccelerationPlan, seconds: float) -> TimedPlan:
-        return time_plan(calibration, compiled, plan, times, seconds)
-
-    def figures(timed: TimedPlan, curves: Mapping[str, ErrorCurve] = curves) -> dict[str, Any]:
+    def figures(timed: TimedPlan) -> dict[str, Any]:
         total = sum(calibration.macs.values())
-        layers = [
-            f"{layer.decomposition or 'dense'} {list(layer.ranks)}" for layer in timed.plan.layers
-        ]
-        macs = _macs(calibration, curves, timed.plan)
-        return {**timed.figures(), "mac_speedup": total / macs, "layers": layers}
+        return {
+            **timed.figures(),
+            "mac_speedup": total / _macs(calibration, curves, timed.plan),
+            "plan": json.loads(timed.plan.to_json()),
+        }
 
     start = time.perf_counter()
     # An empty cache, so that the time of timing is that of a first run.
     with tempfile.TemporaryDirectory() as cache:
         measured = measure_times(
             calibration.calls,
-            curves,
+            by_time,
             batch_size,
+            dtype=dtype,
             options=calibration.program.options,
             cache=Path(cache),
         )
-    times = correct_times(calibration, compiled, measured, curves, rules=rules, progress=progress)
-    row: dict[str, Any] = {"timing_seconds": time.perf_counter() - start, "asked": {}}
-    progress.say(f"batch {batch_size}: layers timed in {row['timing_seconds']:.0f} s")
+    row["timing_layers_seconds"] = time.perf_counter() - start
+    times = correct_times(
+        calibration,
+        compiled,
+        measured,
+        by_time,
+        rules=rules,
+        seconds=asked.seconds / 5,
+        progress=progress,
+    )
+    row["timing_seconds"] = time.perf_counter() - start
+    progress.say(
+        f"batch {batch_size}, {dtype}: layers timed in {row['timing_layers_seconds']:.0f} s, with"
+        f" networks {row['timing_seconds']:.0f} s"
+    )
+    write()
+
+    def planned(speedup: float) -> TimedPlan:
+        return select_for_latency(
+            calibration,
+            original,
+            speedup,
+            batch_size=batch_size,
+            dtype=dtype,
+            curves=by_time,
+            times=times,
+            rules=rules,
+            seconds=0.75 * asked.seconds,
+            progress=progress,
+        )
+
+    def again(plan: AccelerationPlan) -> TimedPlan:
+        return time_plan(calibration, compiled, plan, times, asked.seconds)
+
+    row["asked"] = {}
     for speedup in asked.speedups:
         try:
-            planned = select_for_latency(
-                calibration,
-                original,
-                speedup,
-                batch_size=batch_size,
-                curves=curves,
-                times=times,
-                rules=rules,
-                progress=progress,
-            )
+            chosen = planned(speedup)
         except ValueError as error:
             row["asked"][f"{speedup:g}"] = {"refused": str(error)}
             progress.say(str(error))
             continue
-        again = timed(planned.plan, asked.seconds)
+        delivered = again(chosen.plan)
         row["asked"][f"{speedup:g}"] = {
-            "planned_speedup": planned.speedup,
-            "delivered": again.speedup / speedup,
-            **figures(again),
+            "planned_speedup": chosen.speedup,
+            "delivered": delivered.speedup / speedup,
+            **figures(delivered),
         }
-        progress.say(f"asked {speedup:g}×, timed once more: {again.speedup:.2f}×")
-    row["mac_plans_4x"], row["with_errors"] = {}, {}
-    plans = {}
-    for name, chains in by_macs.items():
+        progress.say(f"asked {speedup:g}×, timed once more: {delivered.speedup:.2f}×")
+        write()
+    row["mac_plans_4x"] = {}
+    for name, multiple in MAC_PLANS.items():
+        chains = with_rank_multiple(calibration, curves, multiple, rules=rules)
         plan = select_ranks(calibration, 4.0, curves=chains, rules=rules)
         found = time_plan(calibration, compiled, plan, {}, asked.seconds)
-        plans[name] = plan
-        row["with_errors"][name] = figures(found, chains)
         row["mac_plans_4x"][name] = {
-            **figures(found, chains),
+            **figures(found),
             "measured_over_theoretical": found.speedup / 4.0,
         }
         progress.say(f"4× fewer MACs, {name}: {found.speedup:.2f}× measured")
-    by_macs_speedup = row["mac_plans_4x"]["by MACs"]["speedup"]
-    equal = select_for_latency(
-        calibration,
-        original,
-        by_macs_speedup,
-        batch_size=batch_size,
-        curves=curves,
-        times=times,
-        rules=rules,
-        progress=progress,
-    )
-    plans["by time"] = equal.plan
-    row["with_errors"]["by time"] = figures(timed(equal.plan, asked.seconds))
-    row["random_plans"] = _random_plans(asked, calibration, curves, times, timed)
+    write()
+    row["random_plans"] = _random_plans(asked, calibration, compiled, by_time, times)
     times_off, speedups_off = _off(row["random_plans"])
     progress.say(
         f"random plans (medians): times {times_off:.3f} off, speedups {speedups_off:.3f} off"
     )
-    return row, plans
+    write()
+    by_macs = row["mac_plans_4x"]["by MACs"]["speedup"]
+    try:
+        row["as_fast_as_by_macs"] = figures(again(planned(by_macs).plan))
+    except ValueError as error:
+        row["as_fast_as_by_macs"] = {"refused": str(error)}
+    write()
 
 
 def _macs(
@@ -300,9 +335,9 @@ def _macs(
 def _random_plans(
     asked: Measurement,
     calibration: Calibration,
+    compiled: Inference,
     curves: Mapping[str, ErrorCurve],
     times: Mapping[str, LayerTimes],
-    timed: Callable[[AccelerationPlan, float], TimedPlan],
 ) -> dict[str, Any]:
     """Times of random plans, not of those the times were corrected by, and their predictions.
 
@@ -312,16 +347,14 @@ def _random_plans(
     plans = random_plans(
         calibration, times, curves, asked.random_plans, seed=1, rules=asked.experiment.rules
     )
-    rows = []
-    for plan in plans:
-        found = timed(plan, asked.seconds / 2)
-        rows.append(
-            {
-                "measured_ms": found.accelerated_ms,
-                "predicted_ms": found.layers_ms,
-                "original_ms": found.original_ms,
-            }
-        )
+    rows = [
+        {
+            "measured_ms": found.accelerated_ms,
+            "predicted_ms": found.layers_ms,
+            "original_ms": found.original_ms,
+        }
+        for found in time_plans(calibration, compiled, plans, times, asked.seconds / 2)
+    ]
     return {"original_ms": 1000 * sum(layer.dense for layer in times.values()), "plans": rows}
 
 

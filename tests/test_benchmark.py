@@ -170,10 +170,13 @@ def test_a_benchmark_holds_what_its_figures_come_from(accelerated_folder, timed_
         assert batch["measured_over_macs"] == pytest.approx(
             batch["measured_speedup"] / batch["macs_speedup"]
         )
-        assert batch["xla_speedup"] == before["xla_flops"] / after["xla_flops"]
-        # Two operations a multiply-accumulate; our count has those on padding, XLA's has not.
-        macs = found["macs"]["original"] * batch["batch_size"]
-        assert 0.5 * 2 * macs < before["xla_flops"] < 1.1 * 2 * macs
+        if jax.default_backend() == "gpu":
+            assert batch["xla_speedup"] is before["xla_flops"] is after["xla_flops"] is None
+        else:
+            assert batch["xla_speedup"] == before["xla_flops"] / after["xla_flops"]
+            # Two operations a multiply-accumulate; our count has those on padding, XLA's has not.
+            macs = found["macs"]["original"] * batch["batch_size"]
+            assert 0.5 * 2 * macs < before["xla_flops"] < 1.1 * 2 * macs
         for name in ("original", "accelerated"):
             layers = batch["layers"]
             assert sum(layer[f"macs_{name}"] for layer in layers) == found["macs"][name]
@@ -372,6 +375,7 @@ def test_folders_that_hold_something_else_are_refused(
     assert not timed_layers
 
 
+@pytest.mark.skipif(jax.default_backend() == "gpu", reason="there all are None")
 def test_operations_that_xla_does_not_tell_are_none():
     def told(analysis):
         return xla_flops(SimpleNamespace(cost_analysis=lambda: analysis))

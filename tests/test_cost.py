@@ -28,6 +28,8 @@ def xla_macs(model, images) -> float:
     graphdef, state = nnx.split(model)
     lowered = jax.jit(lambda state, images: nnx.merge(graphdef, state)(images)).lower(state, images)
     analysis = lowered.cost_analysis()
+    if analysis is None and jax.default_backend() != "cpu":
+        pytest.skip("XLA counts nothing here")
     assert analysis is not None
     return analysis["flops"] / 2 / images.shape[0]
 

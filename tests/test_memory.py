@@ -5,6 +5,7 @@ import resource
 import subprocess
 import sys
 
+import jax
 import networks
 import numpy as np
 import pytest
@@ -150,6 +151,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="not glibc")
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="programs have no memory of the host")
 def test_large_blocks_of_jaxs_threads_are_kept_in_one_pool():
     faults = {
         pools: int(subprocess.check_output([sys.executable, "-c", FAULTS, pools], text=True))
