@@ -53,11 +53,14 @@ def compile_together(
 ) -> Iterator[list[Compiled]]:
     """What ``compiled`` makes of each of ``wanted``, in their order, for measuring times.
 
-    As many programs are compiled at the same time as there are cores. They come in groups: while
-    the caller works with a group nothing is being compiled, and no other programs are held.
+    As many programs are compiled at the same time as there are cores; other devices compile one
+    after the other, since their compilers time what they choose among on the device itself. They
+    come in groups: while the caller works with a group nothing is being compiled, and no other
+    programs are held.
     """
-    group = max(usable_cores(), LEAST_TOGETHER)
-    with ThreadPoolExecutor(usable_cores()) as pool:
+    threads = usable_cores() if jax.default_backend() == "cpu" else 1
+    group = max(threads, LEAST_TOGETHER)
+    with ThreadPoolExecutor(threads) as pool:
         for begin in range(0, len(wanted), group):
             yield list(pool.map(compiled, wanted[begin : begin + group]))
 

@@ -238,6 +238,7 @@ def _batch(
             dtype=dtype,
             options=calibration.program.options,
             cache=Path(cache),
+            progress=progress,
         )
     row["timing_layers_seconds"] = time.perf_counter() - start
     times = correct_times(
