@@ -7,8 +7,8 @@ run faster by Eigen than joined with others by YNNPACK (``accel.compiler``), max
 maximum of slices (``accel.pooling``). Memory that a run frees has to stay with the process, or the
 next one begins with page faults (``keep_free_memory``; for blocks above 64 MiB ``use_one_pool`` as
 well, which a program has to call before JAX is used, as the command line does). On other devices
-weights are arguments, laid out in memory as the program wants them; it runs so on a GPU, but what it
-gains has not been measured.
+weights are arguments, laid out in memory as the program wants them; it runs so on a GPU, but what
+it gains has not been measured.
 
 Also tried there, and no gain over convolutions by Eigen: 1×1 convolutions as products of matrices,
 and ranks filled up to multiples of 8 or 16 (scripts/measure_runtime_forms.py).

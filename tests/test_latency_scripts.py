@@ -1,0 +1,81 @@
+"""The two scripts that measure budgets in time, from errors to what the planned networks lose."""
+
+import json
+
+import numpy as np
+import pytest
+
+from accel.device_times import LayerTimes
+
+LIMITS = ["--image-limit", "40", "--decompositions", "spatial", "--positions-per-image", "4"]
+
+
+@pytest.fixture
+def planted(script, monkeypatch):
+    """Layers take a nanosecond a multiply-accumulate, networks as long as their layers."""
+    budget = script("measure_latency_budget")
+
+    def measure_times(calls, curves, batch_size, **_options):
+        return {
+            call.path: LayerTimes(
+                1e-9 * curves[call.path].macs.max(),
+                curves[call.path].candidates,
+                1e-9 * curves[call.path].macs,
+            )
+            for call in calls
+            if call.path in curves
+        }
+
+    monkeypatch.setattr(budget, "measure_times", measure_times)
+    return budget
+
+
+def run(module, monkeypatch, *arguments):
+    monkeypatch.setattr("sys.argv", ["measure", "configs/quickstart.py", *map(str, arguments)])
+    return module.main()
+
+
+def test_curves_are_kept_and_read_back(script, tmp_path):
+    budget = script("measure_latency_budget")
+    curve = budget.ErrorCurve(
+        (budget.Candidate("spatial", (3,)), budget.Candidate("tucker2", (4, 5))),
+        np.array([10, 20], np.int64),
+        np.array([0.5, 1 / 3]),
+    )
+    ((path, back),) = budget.from_json(budget.to_json({"conv": curve})).items()
+    assert path == "conv"
+    assert back.candidates == curve.candidates
+    np.testing.assert_array_equal(back.macs, curve.macs)
+    np.testing.assert_array_equal(back.errors, curve.errors)
+
+
+def test_times_and_then_errors_of_the_same_plans(planted, script, tmp_path, monkeypatch):
+    curves, out = tmp_path / "curves.json", tmp_path / "budget.json"
+    options = ["--curves", curves, "--out", out, "--batch-sizes", "2", "--dtypes", "bfloat16"]
+    options += ["--speedups", "1.5", "--random-plans", "2", "--seconds", "0.1", *LIMITS]
+    assert run(planted, monkeypatch, *options) == 0
+    found = json.loads(out.read_text())
+    (row,) = found["batches"].values()
+    assert (row["batch_size"], row["dtype"]) == (2, "bfloat16")
+    assert row["timing_seconds"] >= row["timing_layers_seconds"] > 0
+    assert set(row["mac_plans_4x"]) == {"by MACs", "by MACs, ranks in steps of 8"}
+    assert row["mac_plans_4x"]["by MACs"]["mac_speedup"] >= 4
+    assert len(row["random_plans"]["plans"]) == 2
+    table = out.with_suffix(".md").read_text()
+    assert "| 2, bfloat16 | 4× by MACs |" in table
+    with pytest.raises(FileExistsError, match=r"budget\.json exists already"):
+        run(planted, monkeypatch, *options)
+    # Errors that are known are not measured again, whatever the images.
+    known = curves.read_text()
+    monkeypatch.setattr(planted, "measure_errors", None)
+    again = [other if other != out else tmp_path / "again.json" for other in options]
+    assert run(planted, monkeypatch, *again) == 0
+    assert curves.read_text() == known
+
+    errors = script("measure_plan_errors")
+    lost = tmp_path / "errors.json"
+    assert run(errors, monkeypatch, out, "--out", lost, *LIMITS) == 0
+    rows = json.loads(lost.read_text())["rows"]
+    assert [row["plan"] for row in rows] == ["4× by MACs", "by time, as fast"][: len(rows)]
+    assert all(0 <= row["metrics"]["top1"]["accelerated"] <= 1 for row in rows)
+    assert f"| {rows[0]['speedup']:.2f}× |" in lost.with_suffix(".md").read_text()
