@@ -103,20 +103,21 @@ def time_in_turns(
     repeats: int,
     seconds: float,
     peers: Mapping[str, Callable[[], Any]] | None = None,
+    settled: Sequence[str] = (),
 ) -> dict[str, float]:
     """Times compiled networks as ``latency`` does.
 
     The process keeps the memory that they free (see ``Inference``), for what is timed next.
 
     Args:
-        networks: ``original``, ``accelerated`` and others, compiled for batches of one shape.
+        networks: ``original`` and ``accelerated``, compiled for batches of one shape.
         repeats: Most runs of each.
         seconds: Time for all timed runs together, as in ``latency``.
         peers: What else takes part in the turns, by name.
+        settled: Names of those that ran just before, so that they need not run untimed first.
 
     Returns:
-        A row of ``latency``, with the times of all that took part; ``speedup`` only where there is
-        a network named ``accelerated``.
+        A row of ``latency``, with the times of the peers as well.
     """
     shape = networks["original"].shape
     images = jax.device_put(np.random.default_rng(0).standard_normal(shape, np.float32))
@@ -125,20 +126,22 @@ def time_in_turns(
         return lambda: jax.block_until_ready(network(images))
 
     runs = {name: runner(network) for name, network in networks.items()} | dict(peers or {})
-    milliseconds = time_rounds(runs, repeats, seconds)
+    milliseconds = time_rounds(runs, repeats, seconds, settled)
     row: dict[str, float] = {}
     for name, times in milliseconds.items():
         low, median, high = np.percentile(times, [25, 50, 75])
         row[f"{name}_ms"] = float(median)
         row[f"{name}_spread_ms"] = float(high - low)
-    if "accelerated" in networks:
-        row["speedup"] = row["original_ms"] / row["accelerated_ms"]
+    row["speedup"] = row["original_ms"] / row["accelerated_ms"]
     row["runs"] = len(milliseconds["original"])
     return row
 
 
 def time_rounds(
-    runs: dict[str, Callable[[], Any]], repeats: int, seconds: float
+    runs: dict[str, Callable[[], Any]],
+    repeats: int,
+    seconds: float,
+    settled: Sequence[str] = (),
 ) -> dict[str, list[float]]:
     """Times of each run in milliseconds, taken in turns, after rounds that are not timed.
 
@@ -146,12 +149,14 @@ def time_rounds(
         runs: What is timed, by name; each ends when its outputs are there.
         repeats: Most runs of each.
         seconds: Time for all, as in ``latency``.
+        settled: Names of runs that are left out of the rounds that are not timed.
     """
     begin = time.perf_counter()
     for _ in range(SETTLING):
         before = page_faults()
-        for run in runs.values():
-            run()
+        for name, run in runs.items():
+            if name not in settled:
+                run()
         if page_faults() - before < SETTLED or time.perf_counter() - begin > seconds:
             break
     milliseconds: dict[str, list[float]] = {name: [] for name in runs}

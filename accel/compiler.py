@@ -15,8 +15,6 @@ from accel.report.environment import usable_cores
 Options = dict[str, str | bool]
 Wanted = TypeVar("Wanted")
 Compiled = TypeVar("Compiled")
-# How many programs are compiled before any of them is used, at least.
-LEAST_TOGETHER = 4
 
 # XLA (jaxlib 0.10 and 0.11) hands convolutions, products of matrices and what stands between them
 # to its library YNNPACK, several layers at a time. An empty list leaves them to Eigen, which is
@@ -50,19 +48,18 @@ def _has_depthwise(network: nnx.Module) -> bool:
 
 def compile_together(
     compiled: Callable[[Wanted], Compiled], wanted: Sequence[Wanted]
-) -> Iterator[list[Compiled]]:
+) -> Iterator[Compiled]:
     """What ``compiled`` makes of each of ``wanted``, in their order, for measuring times.
 
     As many programs are compiled at the same time as there are cores; other devices compile one
-    after the other, since their compilers time what they choose among on the device itself. They
-    come in groups: while the caller works with a group nothing is being compiled, and no other
-    programs are held.
+    after the other, since their compilers time what they choose among on the device itself. While
+    the caller works with one nothing is being compiled, and no more are held than are compiled
+    together.
     """
     threads = usable_cores() if jax.default_backend() == "cpu" else 1
-    group = max(threads, LEAST_TOGETHER)
     with ThreadPoolExecutor(threads) as pool:
-        for begin in range(0, len(wanted), group):
-            yield list(pool.map(compiled, wanted[begin : begin + group]))
+        for begin in range(0, len(wanted), threads):
+            yield from list(pool.map(compiled, wanted[begin : begin + threads]))
 
 
 @functools.cache

@@ -241,7 +241,7 @@ class TimeCache:
             activation=activation,
             options=self.options,
         )
-        loops = itertools.chain.from_iterable(compile_together(looped, list(unknown.values())))
+        loops = compile_together(looped, list(unknown.values()))
         for key, loop in zip(unknown, loops, strict=True):
             known[key] = _seconds(loop)
         return [known[key] for key in keys]

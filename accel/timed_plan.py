@@ -6,7 +6,6 @@ The time of a network does not hang on the values of its weights.
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from collections.abc import Iterator, Mapping, Sequence
 
 from accel.benchmark import time_in_turns
@@ -50,14 +49,12 @@ def time_plans(
     times: Mapping[str, LayerTimes],
     seconds: float,
 ) -> Iterator[TimedPlan]:
-    """Times networks of the plans' shapes, with any weights, in turns with the original.
-
-    Several of them take part in the same turns, so that the original, the slowest, is run less.
+    """Times networks of the plans' shapes, with any weights, each in turns with the original.
 
     Args:
         calibration: From ``calibrate``.
         original: The original network, compiled for the batches; the others compute in the same
-            type.
+            type. It is expected to have run before: its first run may be among those timed.
         plans: What becomes of each layer.
         times: The times of the layers; each of the chains is among those of the error curves.
         seconds: How long to time one plan.
@@ -67,18 +64,17 @@ def time_plans(
         network = with_any_weights(rewrite(calibration.model, plan))
         return compile_inference(network, original.shape, original.dtype)
 
-    left = iter(plans)
-    for group in compile_together(compiled, plans):
-        networks = {
-            "original": original,
-            **{str(place): found for place, found in enumerate(group)},
-        }
-        row = time_in_turns(networks, repeats=200, seconds=len(group) * seconds)
-        for place, plan in enumerate(itertools.islice(left, len(group))):
-            before, after = row["original_ms"], row[f"{place}_ms"]
-            yield TimedPlan(
-                plan, original.shape[0], before, after, sum_ms(plan, times), before / after
-            )
+    for plan, network in zip(plans, compile_together(compiled, plans), strict=True):
+        pair = {"original": original, "accelerated": network}
+        row = time_in_turns(pair, repeats=200, seconds=seconds, settled=("original",))
+        yield TimedPlan(
+            plan,
+            original.shape[0],
+            row["original_ms"],
+            row["accelerated_ms"],
+            sum_ms(plan, times),
+            row["speedup"],
+        )
 
 
 def time_plan(

@@ -3,6 +3,7 @@ import json
 import shutil
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -93,6 +94,19 @@ def test_rounds_before_the_clock_starts_end_with_the_time_given(monkeypatch):
     calls.clear()
     found = time_rounds(runs, repeats=3, seconds=0.02)
     assert 0 < len(calls) - len(found["a"]) < 5
+
+
+def test_what_ran_just_before_is_left_out_of_rounds_before_the_clock(monkeypatch):
+    faults = itertools.count(step=10_000)
+    monkeypatch.setattr("accel.benchmark.page_faults", lambda: next(faults))
+    calls = {"before": 0, "new": 0}
+
+    def counted(name):
+        calls[name] += 1
+
+    runs = {name: partial(counted, name) for name in calls}
+    time_rounds(runs, repeats=3, seconds=10, settled=("before",))
+    assert calls == {"before": 3, "new": SETTLING + 3}
 
 
 def test_networks_with_batch_norm_are_timed_and_left_as_they_are():
