@@ -43,10 +43,10 @@ from accel.report.environment import device_name, versions
 from accel.rewrite import chain_for
 from accel.solvers.activations import Activation, activate
 
-# A timed program runs a layer until this has passed, three times over; the least is taken, since
+# A timed program runs a layer until this has passed, twice over; the least is taken, since
 # whatever else the machine does only adds.
 TIMED_SECONDS = 0.02
-REPEATS = 3
+REPEATS = 2
 # How layers are timed: what was timed otherwise is not comparable.
 FORM = (
     "all outputs written, nothing copied; weights inside the program where inference has them there"

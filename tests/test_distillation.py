@@ -243,11 +243,11 @@ def test_settings_are_checked(wrong):
 def test_views_are_flipped_and_moved_by_whole_pixels():
     rows, columns = np.meshgrid(np.arange(20), np.arange(10), indexing="ij")
     images = np.broadcast_to(np.stack([rows, columns], -1), (64, 20, 10, 2)).astype(np.float32)
-    same = augment(images, jax.random.key(0), flip=False, shift=0.0, blend=False)
+    same = augment(images, jax.random.key(0), flip=False, shift=0.0)
     np.testing.assert_array_equal(same, images)
 
     found = set()
-    for view in np.asarray(augment(images, jax.random.key(0), flip=True, shift=0.1, blend=False)):
+    for view in np.asarray(augment(images, jax.random.key(0), flip=True, shift=0.1)):
         flipped = view[0, 0, 1] > view[0, -1, 1]
         upright = view[:, ::-1] if flipped else view
         # In the middle of the image nothing is repeated: there the move can be read off.
@@ -258,14 +258,3 @@ def test_views_are_flipped_and_moved_by_whole_pixels():
     assert {move[0] for move in found} == {False, True}
     assert {move[1] for move in found} == {-2, -1, 0, 1, 2}
     assert {move[2] for move in found} == {-1, 0, 1}
-
-
-def test_blends_are_of_two_images_in_all_shares():
-    """Each image is a unit vector, so that its share in a blend can be read off."""
-    images = np.eye(64, dtype=np.float32).reshape(64, 8, 8, 1)
-    blends = augment(images, jax.random.key(0), flip=False, shift=0.0, blend=True)
-    shares = np.asarray(blends).reshape(64, 64)
-    own = np.diag(shares)
-    np.testing.assert_allclose(shares, np.diag(own) + np.roll(np.diag(1 - own), -1, axis=1))
-    assert own.min() < 0.1 < 0.9 < own.max()
-    assert 0.35 < own.mean() < 0.65

@@ -275,6 +275,42 @@ def test_layers_of_one_shape_are_timed_once(tmp_path, monkeypatch):
         assert (np.diff(both[path].chains[kept]) > 0).all()
 
 
+def test_everything_is_timed_in_the_type_that_was_asked_for(measured, monkeypatch, tmp_path):
+    model, calibration, curves = measured
+    layers, types, compiled_in = [], [], []
+
+    def looped(layer, *, dtype, **_arguments):
+        layers.append(layer)
+        types.append(dtype)
+        return float(sum(part.size for part in jax.tree.leaves(nnx.state(layer, nnx.Param))))
+
+    monkeypatch.setattr(device_times, "_looped", looped)
+    monkeypatch.setattr(device_times, "_seconds", lambda parameters: 1e-6 * parameters)
+    monkeypatch.setattr(latency_budget, "correct_times", lambda _c, _o, times, *_, **__: times)
+    plant_times(monkeypatch, lambda network: sum(count_conv_macs(network, IMAGES[:1]).values()))
+    planted_compile = latency_budget.compile_inference
+
+    def compile_inference(network, shape, dtype=None):
+        compiled_in.append(dtype)
+        return planted_compile(network, shape, dtype)
+
+    for module in (latency_budget, timed_plan):
+        monkeypatch.setattr(module, "compile_inference", compile_inference)
+    select_for_latency(
+        calibration, model, 1.5, curves=curves, dtype="bfloat16", cache=tmp_path, seconds=0.1
+    )
+    assert set(types) == {"bfloat16"}
+    assert len(compiled_in) > 1
+    assert set(compiled_in) == {"bfloat16"}
+    kernels = [
+        part.kernel
+        for layer in layers
+        for _, part in nnx.iter_graph(layer)
+        if isinstance(part, nnx.Conv)
+    ]
+    assert {kernel.dtype for kernel in kernels} == {jnp.dtype("bfloat16")}
+
+
 def test_times_in_proportion_to_macs_give_the_plan_of_macs(measured):
     _, calibration, curves = measured
     plan = select_ranks(calibration, 2.5, curves=curves)
@@ -513,6 +549,10 @@ def test_layers_and_networks_are_timed_here(measured, tmp_path):
     [
         ({"latency_speedup": 1.0}, "latency_speedup must be a finite number above 1"),
         ({"latency_speedup": 2.0, "latency_batch": 0}, "latency_batch is 1 or more, found 0"),
+        (
+            {"latency_speedup": 2.0, "latency_dtype": "int8"},
+            "computed in float32, bfloat16, float16, found 'int8'",
+        ),
         (
             {
                 "latency_speedup": 2.0,

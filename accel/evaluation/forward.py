@@ -76,14 +76,16 @@ def in_dtype(model: nnx.Module, dtype: str) -> nnx.Module:
     for path, part in nnx.iter_graph(cast):
         if isinstance(part, nnx.Variable):
             if jnp.issubdtype(part.dtype, jnp.floating):
-                before = part[...]
-                after = before.astype(dtype)
-                lost = jnp.isfinite(before) & ~jnp.isfinite(after)
+                # By the host: JAX would compile it, for every shape that there is.
+                before = np.asarray(part[...])
+                with np.errstate(over="ignore"):
+                    after = before.astype(jnp.dtype(dtype))
+                lost = np.isfinite(before) & ~np.isfinite(after)
                 if lost.any():
                     name, value = "/".join(map(str, path)), float(before[lost][0])
                     raise ValueError(f"{name}: a value of {value:.3g} is beyond {dtype}'s range")
                 # Assignment to ``part[...]`` would keep the type.
-                part.set_value(after)
+                part.set_value(jax.device_put(after))
         elif isinstance(part, nnx.Module) and getattr(part, "dtype", None) is not None:
             # A layer's own type would turn what it is given back.
             setattr(part, "dtype", jnp.dtype(dtype))  # noqa: B010 (not every module has one)

@@ -13,9 +13,8 @@ def augment(
     *,
     flip: bool,
     shift: float,
-    blend: bool,
 ) -> Float[Array, "batch *space channels"]:
-    """Each image flipped left to right with probability 1/2, moved in every direction, and blended.
+    """Each image flipped left to right with probability 1/2, and moved in every direction.
 
     Args:
         images: The images; the last axis of space is the one that is flipped.
@@ -23,8 +22,6 @@ def augment(
         flip: Whether to flip.
         shift: The most that an image is moved, as a share of its size. The edge is repeated where
             nothing is left, so that no colour comes in that the image does not have.
-        blend: Whether each image, of a share that is drawn evenly from 0 to 1, is blended with the
-            next one of the batch (Zhang et al., arXiv:1710.09412, with inputs alone).
     """
     flip_key, shift_key = jax.random.split(key)
     last = images.ndim - 2
@@ -41,8 +38,4 @@ def augment(
         images = jax.vmap(lambda image, at, axis=axis: jnp.take(image, at, axis=axis - 1))(
             images, places
         )
-    if blend:
-        shape = (len(images), *(1 for _ in images.shape[1:]))
-        share = jax.random.uniform(jax.random.fold_in(key, 2), shape, images.dtype)
-        images = share * images + (1 - share) * jnp.roll(images, 1, axis=0)
     return images

@@ -62,8 +62,6 @@ class Distillation:
         feature_weight: Weight w of the features.
         flip: Whether images are flipped left to right at random.
         shift: The most that images are moved at random, as a share of their size.
-        blend: Whether each image is blended with another one, in shares that are drawn: what the
-            original answers to blends tells of what lies between the images that there are.
     """
 
     epochs: int = 20
@@ -73,7 +71,6 @@ class Distillation:
     feature_weight: float = 1.0
     flip: bool = True
     shift: float = 0.04
-    blend: bool = False
 
     def __post_init__(self):
         for name in ("epochs", "batch_size"):
@@ -361,9 +358,7 @@ class _Task:
 
         @jit
         def step(trained, optimizer, given, taught, images, key):
-            views = augment(
-                images, key, flip=settings.flip, shift=settings.shift, blend=settings.blend
-            )
+            views = augment(images, key, flip=settings.flip, shift=settings.shift)
             loss, gradients = jax.value_and_grad(loss_of)(trained, given, taught, views)
             updates, optimizer = self.optimizer.update(gradients, optimizer, trained)
             return optax.apply_updates(trained, updates), optimizer, loss
