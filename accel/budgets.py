@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from flax import nnx
 
@@ -14,7 +15,7 @@ from accel.calibration import Calibration
 from accel.compiler import network_options
 from accel.device_times import TimeCache, default_cache
 from accel.error_curves import ErrorCurve
-from accel.evaluation.forward import check_dtype
+from accel.evaluation.forward import check_dtype, in_dtype
 from accel.files import write_whole
 from accel.latency_budget import select_for_latency
 from accel.loss_budget import ALLOWED_DISAGREEMENT, ALLOWED_ERROR, AllowedLoss
@@ -91,6 +92,8 @@ class Budget:
         if name in ("latency_speedup", "latency_ms"):
             # A cache that is damaged or cannot be written shows now, not after the long work.
             TimeCache(default_cache(), network_options(model)).save()
+            if self.latency_dtype is not None:
+                in_dtype(model, self.latency_dtype)  # Values beyond its range show now.
 
     def select(
         self,
@@ -101,7 +104,7 @@ class Budget:
         rules: Rules | None = None,
         resume: Path | None = None,
         progress: Progress | None = None,
-    ) -> tuple[AccelerationPlan, dict[str, float]]:
+    ) -> tuple[AccelerationPlan, dict[str, Any]]:
         """The plan that keeps a budget in time or parameters, and what was timed, if anything was.
 
         Args:

@@ -15,6 +15,9 @@ from accel.report.environment import usable_cores
 Options = dict[str, str | bool]
 Wanted = TypeVar("Wanted")
 Compiled = TypeVar("Compiled")
+# Programs that are compiled at the same time, at most: with weights inside each takes several times
+# their memory.
+MOST_TOGETHER = 4
 
 # XLA (jaxlib 0.10 and 0.11) hands convolutions, products of matrices and what stands between them
 # to its library YNNPACK, several layers at a time. An empty list leaves them to Eigen, which is
@@ -51,15 +54,29 @@ def compile_together(
 ) -> Iterator[Compiled]:
     """What ``compiled`` makes of each of ``wanted``, in their order, for measuring times.
 
-    As many programs are compiled at the same time as there are cores; other devices compile one
-    after the other, since their compilers time what they choose among on the device itself. While
-    the caller works with one nothing is being compiled, and no more are held than are compiled
-    together.
+    On CPU some are compiled at the same time; other devices compile one after the other, since
+    their compilers time what they choose among on the device itself. While the caller works with
+    one nothing is being compiled.
     """
-    threads = usable_cores() if jax.default_backend() == "cpu" else 1
+    if jax.default_backend() != "cpu":
+        yield from map(compiled, wanted)
+        return
+    threads = min(usable_cores(), MOST_TOGETHER)
+    # A setting of this thread, which the others are to follow.
+    precision = matmul_precision()
+
+    def as_here(one: Wanted) -> Compiled:
+        with jax.default_matmul_precision(precision):
+            return compiled(one)
+
     with ThreadPoolExecutor(threads) as pool:
         for begin in range(0, len(wanted), threads):
-            yield from list(pool.map(compiled, wanted[begin : begin + threads]))
+            yield from list(pool.map(as_here, wanted[begin : begin + threads]))
+
+
+def matmul_precision() -> str | None:
+    """What ``jax.default_matmul_precision`` says in this thread."""
+    return getattr(jax.config, "jax_default_matmul_precision", None)
 
 
 @functools.cache

@@ -15,6 +15,7 @@ import dataclasses
 import hashlib
 import itertools
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -27,7 +28,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Float64
 
-from accel.compiler import Options, compile_together
+from accel.compiler import Options, compile_together, matmul_precision
 from accel.decompositions import DECOMPOSITIONS
 from accel.error_curves import ErrorCurve
 from accel.evaluation.forward import forward_function, in_dtype
@@ -48,9 +49,10 @@ from accel.solvers.activations import Activation, activate
 TIMED_SECONDS = 0.02
 REPEATS = 2
 # How layers are timed: what was timed otherwise is not comparable.
-FORM = (
-    "all outputs written, nothing copied; weights inside the program where inference has them there"
-)
+FORM = "the lesser of two; all outputs written, nothing copied; weights as inference has them"
+# Elsewhere than on CPU a turn of the loop runs a layer more than once, unless its outputs are
+# larger than this: then the layer takes long enough, and they too much memory to be held often.
+SMALL_OUTPUT = 2**24
 # Which chains are timed, as places among those of one kind by ascending MACs, from first to last.
 SHARES = (0.0, 0.08, 0.25, 0.6, 1.0)
 # Chains of which all ranks are multiples of this fill vectors and tiles: on CPU a chain of rank 16
@@ -113,6 +115,7 @@ class _Loop(NamedTuple):
     program: jax.stages.Compiled
     arguments: tuple[Any, ...]
     inputs: jax.ShapeDtypeStruct
+    runs_per_turn: int
 
 
 def _looped(
@@ -125,7 +128,8 @@ def _looped(
     """Compiles a layer for ``_seconds``; the arguments are those of ``layer_seconds``."""
     forward, state = forward_function(with_any_weights(layer))
     inputs = jax.ShapeDtypeStruct(tuple(input_shape), dtype)
-    runs = _runs_per_turn()
+    outputs = jax.eval_shape(forward, state, inputs)
+    runs = _runs_per_turn(math.prod(outputs.shape) * outputs.dtype.itemsize)
 
     def looped(
         network: Callable[[jax.Array], jax.Array], count: int, images: jax.Array
@@ -148,22 +152,21 @@ def _looped(
                 outputs[run] = activate(network(inputs), activation)
             return inputs, outputs
 
-        outputs = jax.eval_shape(network, images)
         nothing = [jax.numpy.zeros(outputs.shape, outputs.dtype) for _ in range(runs)]
         return jax.lax.fori_loop(0, count, turn, (images, nothing))[1]
 
     # How often is an argument, so that the program is compiled once.
     program, arguments = compile_with_weights(looped, forward, state, 1, inputs, options=options)
-    return _Loop(program, arguments, inputs)
+    return _Loop(program, arguments, inputs, runs)
 
 
-def _runs_per_turn() -> int:
+def _runs_per_turn(output_bytes: int) -> int:
     """How often a turn of the loop runs the layer: once on CPU.
 
     Elsewhere the host has to look after each turn whether there is another one, which takes as long
     as a small layer.
     """
-    return 1 if jax.default_backend() == "cpu" else 4
+    return 1 if jax.default_backend() == "cpu" or output_bytes > SMALL_OUTPUT else 4
 
 
 def _seconds(loop: _Loop) -> float:
@@ -189,7 +192,7 @@ def _seconds(loop: _Loop) -> float:
     while True:
         total = shortest(count)
         if total - handing_over >= enough:
-            return (total - handing_over) / (count * _runs_per_turn())
+            return (total - handing_over) / (count * loop.runs_per_turn)
         count = max(2 * count, round(TIMED_SECONDS * count / total))
 
 
@@ -212,6 +215,8 @@ class TimeCache:
         where = {"device": device_name(), **{name: versions().get(name) for name in kept}}
         where |= {"form": FORM, "memory": "one pool" if one_pool() else "the usual pools"}
         where["compiler"] = options
+        where["precision"] = matmul_precision()
+        where["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "")
         text = json.dumps(where, sort_keys=True)
         self.file = folder / f"times-{hashlib.sha256(text.encode()).hexdigest()[:16]}.json"
         self.content: dict[str, Any] = {"measured_on": where, "seconds": {}}
@@ -304,16 +309,7 @@ def measure_times(
     for same in alike.values():
         call = same[0]
         progress.describe(f"timing {call.path} at batch {batch_size}")
-        given = specification(call.input)
-        # What a layer is given has the images' axis in front, or the network could not be cut.
-        shape = (batch_size, *given.shape[1:])
-        layer = call.layer if dtype is None else in_dtype(call.layer, dtype)
-        timed = partial(
-            known.seconds,
-            input_shape=shape,
-            dtype=dtype or given.dtype,
-            activation=call.activation,
-        )
+        timed = partial(_timed, known, call, batch_size, dtype)
         chosen = [curves[other.path] for other in same]
         macs = {
             chain: int(cost)
@@ -321,13 +317,30 @@ def measure_times(
             for chain, cost in zip(curve.candidates, curve.macs, strict=True)
         }
         with kept_memory():
-            (dense,), seconds = timed([layer]), _chain_seconds(layer, macs, timed)
+            (dense,), seconds = timed([call.layer]), _chain_seconds(call.layer, macs, timed)
         for other, curve in zip(same, chosen, strict=True):
             chains = np.array([seconds[chain] for chain in curve.candidates])
             times[other.path] = LayerTimes(dense, curve.candidates, chains)
         known.save()
         progress.advance(len(same))
     return times
+
+
+def _timed(
+    known: TimeCache,
+    call: LayerCall,
+    batch_size: int,
+    dtype: str | None,
+    layers: Sequence[nnx.Module],
+) -> list[float]:
+    """Seconds of the layer of a call, or of chains in its place, computed in a type."""
+    given = specification(call.input)
+    # What a layer is given has the images' axis in front, or the network could not be cut.
+    shape = (batch_size, *given.shape[1:])
+    if dtype is None:
+        return known.seconds(layers, shape, given.dtype, call.activation)
+    cast = [in_dtype(layer, dtype) for layer in layers]
+    return known.seconds(cast, shape, dtype, call.activation)
 
 
 def _chain_seconds(

@@ -7,8 +7,8 @@ run faster by Eigen than joined with others by YNNPACK (``accel.compiler``), max
 maximum of slices (``accel.pooling``). Memory that a run frees has to stay with the process, or the
 next one begins with page faults (``keep_free_memory``; for blocks above 64 MiB ``use_one_pool`` as
 well, which a program has to call before JAX is used, as the command line does). On other devices
-weights are arguments, laid out in memory as the program wants them; it runs so on a GPU, but what
-it gains has not been measured.
+weights are arguments, laid out in memory as the program wants them; what that gains on a GPU has
+not been measured.
 
 Also tried there, and no gain over convolutions by Eigen: 1×1 convolutions as products of matrices,
 and ranks filled up to multiples of 8 or 16 (scripts/measure_runtime_forms.py).
@@ -122,7 +122,12 @@ def compile_with_weights(
     kernels = [leaf.ndim > 1 and jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in weights]
     formats = [Format(Layout.AUTO) if kernel else None for kernel in kernels]
     jitted = jax.jit(of_network, in_shardings=(formats, *(None for _ in inputs)), keep_unused=True)
-    program = jitted.lower(weights, *inputs).compile(options)
+    # Their shapes alone: of arrays that are bound to a device the layout cannot be chosen.
+    shapes = [
+        jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) if kernel else leaf
+        for leaf, kernel in zip(weights, kernels, strict=True)
+    ]
+    program = jitted.lower(shapes, *inputs).compile(options)
     wanted = program.input_formats[0][0]
     laid_out = [
         jax.device_put(leaf, as_wanted) if kernel else leaf

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from accel.benchmark import time_in_turns
 from accel.calibration import Calibration
@@ -24,6 +25,7 @@ class TimedPlan:
     Attributes:
         plan: What becomes of each layer.
         batch_size: Images per batch.
+        dtype: What both networks compute in; None for the types that they have.
         original_ms: Median time of the original for a batch, in milliseconds.
         accelerated_ms: The same of a network of the plan's shape, in turns with the original.
         layers_ms: The sum of the times of its layers, by which the plan was made.
@@ -32,12 +34,13 @@ class TimedPlan:
 
     plan: AccelerationPlan
     batch_size: int
+    dtype: str | None
     original_ms: float
     accelerated_ms: float
     layers_ms: float
     speedup: float
 
-    def figures(self) -> dict[str, float]:
+    def figures(self) -> dict[str, Any]:
         """All but the plan, for a report."""
         return {k: v for k, v in dataclasses.asdict(self).items() if k != "plan"}
 
@@ -54,7 +57,7 @@ def time_plans(
     Args:
         calibration: From ``calibrate``.
         original: The original network, compiled for the batches; the others compute in the same
-            type. It is expected to have run before: its first run may be among those timed.
+            type.
         plans: What becomes of each layer.
         times: The times of the layers; each of the chains is among those of the error curves.
         seconds: How long to time one plan.
@@ -64,12 +67,15 @@ def time_plans(
         network = with_any_weights(rewrite(calibration.model, plan))
         return compile_inference(network, original.shape, original.dtype)
 
+    settled: tuple[str, ...] = ()
     for plan, network in zip(plans, compile_together(compiled, plans), strict=True):
         pair = {"original": original, "accelerated": network}
-        row = time_in_turns(pair, repeats=200, seconds=seconds, settled=("original",))
+        row = time_in_turns(pair, repeats=200, seconds=seconds, settled=settled)
+        settled = ("original",)
         yield TimedPlan(
             plan,
             original.shape[0],
+            original.dtype,
             row["original_ms"],
             row["accelerated_ms"],
             sum_ms(plan, times),

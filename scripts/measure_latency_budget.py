@@ -32,14 +32,15 @@ from flax import nnx
 
 from accel.calibration import Calibration, calibrate
 from accel.configuration import load_config
+from accel.decompositions import DECOMPOSITIONS
 from accel.device_times import LayerTimes, measure_times
-from accel.error_curves import ErrorCurve
+from accel.error_curves import ErrorCurve, macs_of
 from accel.experiment import Experiment
 from accel.files import write_whole
 from accel.inference import Inference, compile_inference, with_any_weights
 from accel.interpreter import specification
 from accel.latency_budget import select_for_latency
-from accel.measurements import measure_errors
+from accel.measurements import measure_errors, measure_sensitivity
 from accel.memory import kept_memory, use_one_pool
 from accel.plan import AccelerationPlan
 from accel.progress import LineProgress
@@ -62,8 +63,8 @@ class Measurement:
     Attributes:
         experiment: Network, weights and images; plans by time have ranks that are multiples of its
             ``rank_multiple``.
-        curves: File of the error curves.
-        out: The file to write; must not exist.
+        curves: File of the error curves; read where it exists, or else written.
+        out: The file to write; must not exist. The table of it goes beside it.
         batch_sizes: Images per batch.
         dtypes: What networks compute in.
         speedups: Asked for.
@@ -84,14 +85,14 @@ class Measurement:
 def main() -> int:
     use_one_pool()
     config = Path(sys.argv[1])
-    names = Path("curves.json"), Path("latency_budget.json")
     asked = tyro.cli(
         Measurement,
         args=sys.argv[2:],
-        default=Measurement(load_config(config, Experiment), *names),
+        default=Measurement(load_config(config, Experiment), tyro.MISSING, tyro.MISSING),
     )
-    if asked.out.exists():
-        raise FileExistsError(f"{asked.out} exists already; nothing is overwritten")
+    for file in (asked.out, asked.out.with_suffix(".md")):
+        if file.exists():
+            raise FileExistsError(f"{file} exists already; nothing is overwritten")
     progress = LineProgress()
     calibration, curves, original = _curves(asked, progress)
     found: dict[str, Any] = {
@@ -114,12 +115,23 @@ def main() -> int:
     return 0
 
 
+Curves = Mapping[str, ErrorCurve]
+
+
 def _curves(
     asked: Measurement, progress: LineProgress
-) -> tuple[Calibration, Mapping[str, ErrorCurve], nnx.Module]:
-    """The calibration, its error curves, and the original network."""
+) -> tuple[Calibration, Mapping[int, Curves], nnx.Module]:
+    """The calibration, error curves by what ranks are multiples of, and the original network."""
     known, experiment = asked.curves.exists(), asked.experiment
+    curves: Mapping[int, Curves] = {}
+    of = {
+        "model": dataclasses.asdict(experiment.model),
+        "decompositions": list(experiment.decompositions),
+        "rules": dict(experiment.rules),
+        "multiples": sorted({*MAC_PLANS.values(), experiment.rank_multiple}),
+    }
     if known:
+        curves = from_json(asked.curves.read_text(), of, asked.curves.name)
         experiment = dataclasses.replace(
             experiment, image_limit=FEW_IMAGES, positions_per_image=1, batch_size=FEW_IMAGES
         )
@@ -138,34 +150,68 @@ def _curves(
         progress=progress,
     )
     if not known:
-        curves = measure_errors(calibration, progress=progress)
-        write_whole(asked.curves, to_json(curves))
-    return calibration, from_json(asked.curves.read_text()), original
-
-
-def to_json(curves: Mapping[str, ErrorCurve]) -> str:
-    """Error curves as JSON text."""
-    content = {
-        path: {
-            "chains": [[chain.decomposition, *chain.ranks] for chain in curve.candidates],
-            "macs": curve.macs.tolist(),
-            "errors": curve.errors.tolist(),
+        sensitivity = measure_sensitivity(calibration, progress=progress)
+        curves = {
+            multiple: measure_errors(
+                calibration, sensitivity, rank_multiple=multiple, progress=progress
+            )
+            for multiple in of["multiples"]
         }
-        for path, curve in curves.items()
+        write_whole(asked.curves, to_json(curves, of))
+    chosen = {
+        multiple: with_rank_multiple(calibration, found, multiple, rules=experiment.rules)
+        for multiple, found in curves.items()
     }
-    return json.dumps(content) + "\n"
+    return calibration, chosen, original
 
 
-def from_json(text: str) -> dict[str, ErrorCurve]:
-    """The error curves that ``to_json`` wrote."""
-    return {
-        path: ErrorCurve(
-            tuple(Candidate(kind, tuple(ranks)) for kind, *ranks in curve["chains"]),
-            np.array(curve["macs"], np.int64),
-            np.array(curve["errors"]),
-        )
-        for path, curve in json.loads(text).items()
+def to_json(curves: Mapping[int, Curves], of: Mapping[str, Any]) -> str:
+    """Error curves by what ranks are multiples of, as JSON text.
+
+    Args:
+        curves: The curves.
+        of: What they are curves of.
+    """
+    content = {
+        str(multiple): {
+            path: {
+                "chains": [[chain.decomposition, *chain.ranks] for chain in curve.candidates],
+                "macs": curve.macs.tolist(),
+                "errors": curve.errors.tolist(),
+            }
+            for path, curve in found.items()
+        }
+        for multiple, found in curves.items()
     }
+    return json.dumps({"of": of, "curves": content}) + "\n"
+
+
+def from_json(text: str, of: Mapping[str, Any], name: str) -> Mapping[int, Curves]:
+    """The error curves that ``to_json`` wrote.
+
+    Raises:
+        ValueError: If the text, that of the file ``name``, holds no curves, or those of another
+            network.
+    """
+    try:
+        content = json.loads(text)
+        found = content["of"]
+        curves = {
+            int(multiple): {
+                path: ErrorCurve(
+                    tuple(Candidate(kind, tuple(ranks)) for kind, *ranks in curve["chains"]),
+                    np.array(curve["macs"], np.int64),
+                    np.array(curve["errors"]),
+                )
+                for path, curve in by_path.items()
+            }
+            for multiple, by_path in content["curves"].items()
+        }
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{name} holds no error curves: {error!r}") from error
+    if found != json.loads(json.dumps(of)):
+        raise ValueError(f"{name} holds error curves of {found}; expected those of {dict(of)}")
+    return curves
 
 
 def markdown(found: Mapping[str, Any]) -> str:
@@ -207,7 +253,7 @@ def _batch(
     asked: Measurement,
     calibration: Calibration,
     original: nnx.Module,
-    curves: Mapping[str, ErrorCurve],
+    curves: Mapping[int, Curves],
     row: dict[str, Any],
     progress: LineProgress,
     write: Callable[[], None],
@@ -217,14 +263,15 @@ def _batch(
     image_shape = specification(calibration.program.images).shape[1:]
     compiled = compile_inference(original, (batch_size, *image_shape), dtype)
     # As for a budget in time.
-    by_time = with_rank_multiple(calibration, curves, asked.experiment.rank_multiple, rules=rules)
-    by_time = with_promising_chains(calibration, by_time, rules=rules)
+    by_time = with_promising_chains(
+        calibration, curves[asked.experiment.rank_multiple], rules=rules
+    )
 
     def figures(timed: TimedPlan) -> dict[str, Any]:
         total = sum(calibration.macs.values())
         return {
             **timed.figures(),
-            "mac_speedup": total / _macs(calibration, curves, timed.plan),
+            "mac_speedup": total / _macs(calibration, timed.plan),
             "plan": json.loads(timed.plan.to_json()),
         }
 
@@ -292,8 +339,7 @@ def _batch(
         write()
     row["mac_plans_4x"] = {}
     for name, multiple in MAC_PLANS.items():
-        chains = with_rank_multiple(calibration, curves, multiple, rules=rules)
-        plan = select_ranks(calibration, 4.0, curves=chains, rules=rules)
+        plan = select_ranks(calibration, 4.0, curves=curves[multiple], rules=rules)
         found = time_plan(calibration, compiled, plan, {}, asked.seconds)
         row["mac_plans_4x"][name] = {
             **figures(found),
@@ -315,21 +361,14 @@ def _batch(
     write()
 
 
-def _macs(
-    calibration: Calibration, curves: Mapping[str, ErrorCurve], plan: AccelerationPlan
-) -> int:
+def _macs(calibration: Calibration, plan: AccelerationPlan) -> int:
     """MACs per image of all convolutions."""
+    calls = {call.path: call for call in calibration.calls}
     total = sum(calibration.macs.values())
     for layer in plan.layers:
-        if layer.decomposition is None:
-            continue
-        curve = curves[layer.path]
-        (macs,) = (
-            int(macs)
-            for candidate, macs in zip(curve.candidates, curve.macs, strict=True)
-            if (candidate.decomposition, candidate.ranks) == (layer.decomposition, layer.ranks)
-        )
-        total += macs - calibration.macs[layer.path]
+        if layer.decomposition is not None:
+            kind = DECOMPOSITIONS[layer.decomposition]
+            total += macs_of(calls[layer.path], kind, layer.ranks) - calibration.macs[layer.path]
     return total
 
 
@@ -337,7 +376,7 @@ def _random_plans(
     asked: Measurement,
     calibration: Calibration,
     compiled: Inference,
-    curves: Mapping[str, ErrorCurve],
+    curves: Curves,
     times: Mapping[str, LayerTimes],
 ) -> dict[str, Any]:
     """Times of random plans, not of those the times were corrected by, and their predictions.

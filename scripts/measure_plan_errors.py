@@ -4,7 +4,7 @@
 
 Of each batch size and type in FILE.json: the plan of 4× fewer MACs, and the plan by time that is
 as fast as it. Their chains are fitted to the experiment's calibration images, from one calibration,
-and evaluated by its metrics, in float32 on the device at hand.
+and evaluated by its metrics.
 """
 
 from __future__ import annotations
@@ -49,8 +49,9 @@ def main() -> int:
         args=sys.argv[3:],
         default=Measurement(load_config(config, Experiment), Path("plan_errors.json")),
     )
-    if asked.out.exists():
-        raise FileExistsError(f"{asked.out} exists already; nothing is overwritten")
+    for file in (asked.out, asked.out.with_suffix(".md")):
+        if file.exists():
+            raise FileExistsError(f"{file} exists already; nothing is overwritten")
     plans = timed_plans(json.loads(timed.read_text()))
     experiment, progress = asked.experiment, LineProgress()
     original = experiment.load_model()
@@ -89,9 +90,15 @@ def main() -> int:
 
 
 def timed_plans(timed: Mapping[str, Any]) -> list[tuple[dict[str, Any], AccelerationPlan]]:
-    """The plans to compare of each batch size and type, with what was measured of them."""
+    """The plans to compare of each batch size and type, with what was measured of them.
+
+    Raises:
+        ValueError: If the measurement was stopped before it had both.
+    """
     plans = []
     for batch, measured in timed["batches"].items():
+        if "as_fast_as_by_macs" not in measured:
+            raise ValueError(f"batch {batch}: the measurement was stopped before its end")
         rows = {
             "4× by MACs": measured["mac_plans_4x"]["by MACs"],
             "by time, as fast": measured["as_fast_as_by_macs"],

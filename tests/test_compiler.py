@@ -5,7 +5,7 @@ import pytest
 from flax import nnx
 
 from accel import compile_inference, compiler
-from accel.compiler import network_options
+from accel.compiler import compile_together, matmul_precision, network_options
 from accel.program import trace
 
 pytestmark = pytest.mark.skipif(jax.default_backend() != "cpu", reason="options are those for CPU")
@@ -63,3 +63,12 @@ def test_sums_of_reduced_precision_are_taken_in_float32():
 
     found = jax.jit(jax.grad(loss), compiler_options=network_options(layer))(state)
     assert found.kernel[...].item() == 8192
+
+
+def test_programs_compiled_together_come_in_order_and_in_the_callers_precision():
+    with jax.default_matmul_precision("highest"):
+        found = list(compile_together(lambda number: (number, matmul_precision()), range(9)))
+    assert found == [(number, "highest") for number in range(9)]
+    assert {
+        precision for _, precision in compile_together(lambda n: (n, matmul_precision()), [0])
+    } == {None}

@@ -108,9 +108,14 @@ def test_any_weights_of_a_parameter_without_axes():
     assert with_any_weights(model).scale[...].shape == ()
 
 
-def test_weights_too_large_for_the_program_are_given_to_it(monkeypatch):
+@pytest.mark.parametrize("bound", [False, True])
+def test_weights_too_large_for_the_program_are_given_to_it(monkeypatch, bound):
     """As on other devices than CPU: the program says how they lie in memory."""
     model = networks.network("residual")
+    if bound:  # To a device, as those of a checkpoint are.
+        here = jax.devices()[0]
+        for _, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)):
+            variable.set_value(jax.device_put(variable[...], here))
     inside = compile_inference(model, IMAGES.shape)
     monkeypatch.setattr(inference, "CONSTANT_BYTES", 0)
     given = compile_inference(model, IMAGES.shape)

@@ -109,9 +109,11 @@ def test_sixteen_times_the_work_takes_several_times_as_long():
 
 
 @pytest.mark.optimized
+@pytest.mark.parametrize("runs_per_turn", [1, 4])
 @pytest.mark.parametrize("kind", ["dense", "1x1", "channel", "spatial", "tucker2"])
-def test_a_layer_is_really_run_each_time(kind):
+def test_a_layer_is_really_run_each_time(kind, runs_per_turn, monkeypatch):
     """Were the layer moved out of the loop, the time of a run would fall with their number."""
+    monkeypatch.setattr(device_times, "_runs_per_turn", lambda _output_bytes: runs_per_turn)
     layer, shape = conv(64, 64), (4, 32, 32, 64)
     if kind == "1x1":
         layer = nnx.Conv(64, 64, (1, 1), rngs=nnx.Rngs(0))
@@ -400,7 +402,7 @@ def test_times_are_corrected_by_those_of_whole_networks(measured, monkeypatch, s
         slow, whole = random.uniform(0.8, 1.2), milliseconds(plan)
         whole *= outliers.pop() if outliers else 1.0
         return TimedPlan(
-            plan, 1, slow * original, slow * whole, sum_ms(plan, times), original / whole
+            plan, 1, None, slow * original, slow * whole, sum_ms(plan, times), original / whole
         )
 
     monkeypatch.setattr(time_correction, "time_plans", one_by_one(plan_timed))
@@ -427,7 +429,9 @@ def test_where_layers_are_lost_in_noise_their_times_stay_what_they_are(measured,
 
     def plan_timed(_calibration, _original, plan, _times, _seconds):
         whole = 100 * dense - 0.5 * sum_ms(plan, times)
-        return TimedPlan(plan, 1, 99.5 * dense, whole, sum_ms(plan, times), 99.5 * dense / whole)
+        return TimedPlan(
+            plan, 1, None, 99.5 * dense, whole, sum_ms(plan, times), 99.5 * dense / whole
+        )
 
     monkeypatch.setattr(time_correction, "time_plans", one_by_one(plan_timed))
     corrected = correct_times(calibration, compiled(model, calibration), times, curves)
@@ -453,7 +457,7 @@ def test_a_kind_in_no_timed_plan_is_scaled_like_the_others(measured, monkeypatch
     def plan_timed(_calibration, _original, plan, _times, _seconds):
         plan = without_tucker(plan)
         whole = 3 * sum_ms(plan, times)
-        return TimedPlan(plan, 1, original, whole, whole / 3, original / whole)
+        return TimedPlan(plan, 1, None, original, whole, whole / 3, original / whole)
 
     monkeypatch.setattr(time_correction, "time_plans", one_by_one(plan_timed))
     corrected = correct_times(calibration, compiled(model, calibration), times, curves)
@@ -584,7 +588,7 @@ def test_a_run_that_is_resumed_keeps_the_plan_that_was_timed(measured, monkeypat
     def select(calibration, original, speedup, *, milliseconds, **options):
         timed.append(speedup)
         plan = select_ranks(calibration, speedup, curves=curves)
-        return TimedPlan(plan, 1, 3.0, 2.0, 2.5, 1.5)
+        return TimedPlan(plan, 1, None, 3.0, 2.0, 2.5, 1.5)
 
     monkeypatch.setattr(budgets, "select_for_latency", select)
     asked = Budget(latency_speedup=1.7)
@@ -631,7 +635,7 @@ def test_rules_hold_for_every_plan_that_is_timed(measured, monkeypatch):
     def plan_timed(calibration, original, plan, times, seconds):
         seen.append({layer.path: layer for layer in plan.layers})
         layers_ms = 1000 * sum(times[layer.path].of(layer) for layer in plan.layers)
-        return TimedPlan(plan, 1, 9.0, 3.0, layers_ms, 3.0)
+        return TimedPlan(plan, 1, None, 9.0, 3.0, layers_ms, 3.0)
 
     monkeypatch.setattr(latency_budget, "time_plan", plan_timed)
     rules = {fixed: 2, kept: "dense"}
