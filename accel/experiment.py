@@ -19,7 +19,7 @@ from flax import nnx
 
 from accel.accelerate import accelerate
 from accel.benchmark import latency
-from accel.calibration import ALL_KINDS
+from accel.calibration import ALL_KINDS, Calibration, calibrate
 from accel.checkpoint import load_model, save_model, saved_spec
 from accel.data import PixelSource
 from accel.data.settings import Images
@@ -197,6 +197,21 @@ class Experiment:
             batch_size=self.batch_size,
             seed=self.seed,
             resume=resume,
+            progress=progress,
+        )
+
+    def calibrate(
+        self, original: nnx.Module, images: PixelSource, progress: Progress
+    ) -> Calibration:
+        """``accel.calibrate`` as the experiment says."""
+        return calibrate(
+            original,
+            images,
+            decompositions=self.decompositions,
+            positions_per_image=self.positions_per_image,
+            batch_size=self.batch_size,
+            seed=self.seed,
+            rules=self.rules,
             progress=progress,
         )
 

@@ -30,7 +30,7 @@ import numpy as np
 import tyro
 from flax import nnx
 
-from accel.calibration import Calibration, calibrate
+from accel.calibration import Calibration
 from accel.configuration import load_config
 from accel.decompositions import DECOMPOSITIONS
 from accel.device_times import LayerTimes, measure_times
@@ -139,16 +139,8 @@ def _curves(
         original = with_any_weights(experiment.model.build())
     else:
         original = experiment.load_model()
-    calibration = calibrate(
-        original,
-        experiment.limited(experiment.calibration),
-        decompositions=experiment.decompositions,
-        positions_per_image=experiment.positions_per_image,
-        batch_size=experiment.batch_size,
-        seed=experiment.seed,
-        rules=experiment.rules,
-        progress=progress,
-    )
+    images = experiment.limited(experiment.calibration)
+    calibration = experiment.calibrate(original, images, progress)
     if not known:
         sensitivity = measure_sensitivity(calibration, progress=progress)
         curves = {

@@ -18,7 +18,6 @@ from typing import Annotated, Any
 
 import tyro
 
-from accel.calibration import calibrate
 from accel.configuration import load_config
 from accel.experiment import Experiment
 from accel.files import write_whole
@@ -43,6 +42,8 @@ class Measurement:
 
 
 def main() -> int:
+    if len(sys.argv) < 3:
+        raise SystemExit("two files are needed: CONFIG, and FILE.json with timed plans")
     config, timed = map(Path, sys.argv[1:3])
     asked = tyro.cli(
         Measurement,
@@ -56,16 +57,8 @@ def main() -> int:
     experiment, progress = asked.experiment, LineProgress()
     original = experiment.load_model()
     reference = experiment.reference(original, progress)
-    calibration = calibrate(
-        original,
-        experiment.limited(experiment.calibration),
-        decompositions=experiment.decompositions,
-        positions_per_image=experiment.positions_per_image,
-        batch_size=experiment.batch_size,
-        seed=experiment.seed,
-        rules=experiment.rules,
-        progress=progress,
-    )
+    images = experiment.limited(experiment.calibration)
+    calibration = experiment.calibrate(original, images, progress)
     sensitivity = measure_sensitivity(calibration, progress=progress)
     rows: list[dict[str, Any]] = []
     found = {
@@ -93,8 +86,10 @@ def timed_plans(timed: Mapping[str, Any]) -> list[tuple[dict[str, Any], Accelera
     """The plans to compare of each batch size and type, with what was measured of them.
 
     Raises:
-        ValueError: If the measurement was stopped before it had both.
+        ValueError: If it is no such measurement, or was stopped before it had both.
     """
+    if "batches" not in timed:
+        raise ValueError(f"no measured budgets: expected batches, found {', '.join(timed)}")
     plans = []
     for batch, measured in timed["batches"].items():
         if "as_fast_as_by_macs" not in measured:

@@ -106,3 +106,11 @@ def test_times_and_then_errors_of_the_same_plans(planted, script, tmp_path, monk
     assert [row["plan"] for row in rows] == ["4× by MACs", "by time, as fast"]
     assert all(0 <= row["metrics"]["top1"]["accelerated"] <= 1 for row in rows)
     assert f"| {rows[0]['speedup']:.2f}× |" in lost.with_suffix(".md").read_text()
+
+
+def test_a_file_that_holds_no_timed_plans_is_named(script):
+    errors = script("measure_plan_errors")
+    with pytest.raises(ValueError, match="expected batches, found of, curves"):
+        errors.timed_plans({"of": {}, "curves": {}})
+    with pytest.raises(ValueError, match="batch 8: the measurement was stopped"):
+        errors.timed_plans({"batches": {"8": {"asked": {}}}})

@@ -31,7 +31,7 @@ import tyro
 from flax import nnx
 from jax.experimental.compilation_cache import compilation_cache
 
-from accel.calibration import Calibration, calibrate
+from accel.calibration import Calibration
 from accel.data import PixelSource
 from accel.experiment import Experiment
 from accel.files import write_whole
@@ -143,17 +143,10 @@ class Table(abc.ABC):
         seed: int,
         progress: Progress,
     ) -> Calibration:
-        """``accel.calibrate`` as the experiment says."""
-        return calibrate(
-            original,
-            images,
-            decompositions=decompositions,
-            positions_per_image=self.experiment.positions_per_image,
-            batch_size=self.experiment.batch_size,
-            seed=seed,
-            rules=self.experiment.rules,
-            progress=progress,
-        )
+        """A calibration as the experiment says, but for these kinds of chain and this seed."""
+        kinds = (decompositions,) if isinstance(decompositions, str) else tuple(decompositions)
+        experiment = dataclasses.replace(self.experiment, decompositions=kinds, seed=seed)
+        return experiment.calibrate(original, images, progress)
 
     def unused(self) -> set[str]:
         """Fields of settings that no cell that is asked for hangs on."""
