@@ -44,6 +44,11 @@ def test_a_description_is_read_back_as_it_was(tmp_path):
     accel.save_model(tmp_path / "model", spec.build(), spec)
     assert saved_spec(tmp_path / "model") == spec
     assert spec == ModelSpec(spec.name, {**spec.options, "hidden_features": [8, 4]})
+    stages = {"stages": [[4, 4], (8,)], "num_classes": None}
+    nested = ModelSpec("accel.models.vgg:VGG", stages)
+    accel.save_model(tmp_path / "nested", nested.build(), nested)
+    assert saved_spec(tmp_path / "nested") == nested
+    assert nested.options["stages"] == ((4, 4), (8,))
 
 
 def test_a_users_network_is_rebuilt_with_a_builder(tmp_path):

@@ -184,10 +184,14 @@ def test_hdf5_that_is_not_of_keras(tmp_path):
 def test_no_file_empty_file_and_unknown_suffix(tmp_path):
     for name, message in {
         "none.h5": "no such file",
+        "none": "no such file",
+        "folder.h5": "expected a file, found a folder",
         "empty.onnx": "the file is empty",
         "vgg.caffemodel": r"unknown suffix '\.caffemodel'.*\.safetensors, \.pth",
     }.items():
-        if name.startswith("empty"):
+        if name.startswith("folder"):
+            (tmp_path / name).mkdir()
+        elif not name.startswith("none"):
             (tmp_path / name).touch()
         with pytest.raises(WeightError, match=f"{tmp_path / name}: {message}"):
             weights.read(tmp_path / name)

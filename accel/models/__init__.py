@@ -50,12 +50,21 @@ class ModelSpec:
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        options = {k: tuple(v) if isinstance(v, list) else v for k, v in self.options.items()}
+        options = {name: _with_tuples(value) for name, value in self.options.items()}
         object.__setattr__(self, "options", options)
 
     def build(self, rngs: nnx.Rngs | None = None) -> nnx.Module:
         """Builds the network with fresh parameters (seed 0 without ``rngs``)."""
         return build(self.name, rngs=rngs, **self.options)
+
+
+def _with_tuples(value: Any) -> Any:
+    """The value with all lists in it, at any depth, as tuples."""
+    if isinstance(value, list | tuple):
+        return tuple(_with_tuples(item) for item in value)
+    if isinstance(value, Mapping):
+        return {name: _with_tuples(item) for name, item in value.items()}
+    return value
 
 
 def _own_builder(name: str) -> Callable[..., nnx.Module]:

@@ -34,6 +34,8 @@ def read(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
             installed.
     """
     path = Path(path)
+    if not path.exists():
+        raise WeightError(f"{path}: no such file")
     reader = READERS.get(path.suffix.lower())
     if reader is None:
         raise WeightError(
@@ -41,7 +43,7 @@ def read(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
             + ", ".join(READERS)
         )
     if not path.is_file():
-        raise WeightError(f"{path}: no such file")
+        raise WeightError(f"{path}: expected a file, found a folder")
     if path.stat().st_size == 0:
         raise WeightError(f"{path}: the file is empty")
     try:
