@@ -184,6 +184,7 @@ def benchmark(
     dtype: str | None = None,
     onnx: Path | None = None,
     torch: str | None = None,
+    builder: str | None = None,
     progress: Progress | None = None,
 ) -> Benchmark:
     """Measures what an acceleration gains on the default device, and writes it to a file.
@@ -207,6 +208,8 @@ def benchmark(
             ONNX Runtime.
         torch: Where a function that builds the original network in PyTorch is to be imported from,
             ``package.module:function``; timed like the ONNX file.
+        builder: Where the builder of a network of the user's own is to be imported from,
+            ``package.module:function``, which a folder is not trusted to say alone.
         progress: Receives what is being measured.
 
     Raises:
@@ -223,7 +226,7 @@ def benchmark(
     if not out.parent.is_dir():
         raise ValueError(f"{out.parent} is no folder to write {out.name} to")
     model_folder = folder / "model"
-    spec, plan = known_spec(model_folder), saved_plan(model_folder)
+    spec, plan = known_spec(model_folder, builder), saved_plan(model_folder)
     if plan is None or not plan.layers:
         raise ValueError(f"{model_folder} holds no accelerated network")
     report = folder / "report.json"
@@ -236,7 +239,7 @@ def benchmark(
     # Of the abstract network, so that a shape which does not fit shows before weights are read.
     macs_original = count_conv_macs(nnx.eval_shape(spec.build), image)
     original = with_any_weights(spec.build())
-    accelerated = load_model(model_folder)
+    accelerated = load_model(model_folder, spec.build)
     macs_accelerated = count_conv_macs(accelerated, image)
     total, left = sum(macs_original.values()), sum(macs_accelerated.values())
     macs = {"original": total, "accelerated": left, "speedup": total / left}

@@ -101,15 +101,24 @@ def load_model(folder: Path, build: Callable[[], nnx.Module] | None = None) -> n
     return model
 
 
-def known_spec(folder: Path) -> ModelSpec:
+def known_spec(folder: Path, builder: str | None = None) -> ModelSpec:
     """What the network in a model folder was built from, one of the networks of ``accel.models``.
 
     A folder is data: it may choose among them, but name no code to be imported.
+
+    Args:
+        folder: Where it is.
+        builder: The name of a builder of the user's own, ``package.module:function``, that is to be
+            imported: the one that the folder names, or of a folder that names none.
 
     Raises:
         ValueError: If the folder is no model folder, or of another network.
     """
     spec = saved_spec(folder)
+    if builder is not None:
+        if spec is not None and spec.name != builder:
+            raise ValueError(f"{folder} is of a network built by {spec.name}, not by {builder}")
+        return spec or ModelSpec(builder)
     if spec is None:
         fault = "does not say how its original network is built"
     elif spec.name not in MODELS:
@@ -117,8 +126,9 @@ def known_spec(folder: Path) -> ModelSpec:
     else:
         return spec
     raise ValueError(
-        f"{folder} {fault}; call load_model(folder, build=…) with a function without arguments that"
-        " builds the original network"
+        f"{folder} {fault}; name the builder (--builder package.module:function), or call"
+        " load_model(folder, build=…) with a function without arguments that builds the original"
+        " network"
     )
 
 

@@ -32,10 +32,11 @@ from accel.weights import load
 
 USAGE = """\
 usage: accel run CONFIG [--out DIR] [--smoke] [--FIELD VALUE ...]
-       accel finetune FOLDER CONFIG [--out DIR] [--smoke] [--FIELD VALUE ...]
+       accel finetune FOLDER CONFIG [--out DIR] [--smoke] [--builder MODULE:FUNCTION]
+                      [--FIELD VALUE ...]
        accel benchmark FOLDER [--out FILE] [--batch-sizes N ...] [--seconds S]
                        [--dtype TYPE] [--onnx FILE] [--torch MODULE:FUNCTION]
-                       [--image-size HEIGHT WIDTH CHANNELS]
+                       [--image-size HEIGHT WIDTH CHANNELS] [--builder MODULE:FUNCTION]
        accel table TABLE [CONFIG ...] [--out DIR] [--smoke] [--FIELD VALUE ...]
        accel convert FILE --model NAME --out DIR [--FIELD VALUE ...]
 
@@ -79,11 +80,14 @@ class Finetune:
         finetuning: What to do.
         out: The folder to write; by default a new one in runs/.
         smoke: Cut everything down to see whether it works; the figures mean nothing.
+        builder: Where the builder of a network of your own is imported from, this folder included:
+            package.module:function. A folder alone is not trusted to have code run.
     """
 
     finetuning: Annotated[tyro.conf.AvoidSubcommands[Finetuning], tyro.conf.arg(name="")]
     out: Path | None = None
     smoke: bool = False
+    builder: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,6 +110,8 @@ class MakeBenchmark:
             folder included: package.module:function; timed beside both by PyTorch.
         image_size: Height, width and channels of the images; by default those of the run, which
             folders of earlier versions do not say.
+        builder: Where the builder of a network of your own is imported from, this folder included:
+            package.module:function. A folder alone is not trusted to have code run.
     """
 
     folder: tyro.conf.Positional[Path]
@@ -116,6 +122,7 @@ class MakeBenchmark:
     onnx: Path | None = None
     torch: str | None = None
     image_size: tuple[int, ...] | None = None
+    builder: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -206,8 +213,9 @@ def _finetune(folder: Path, config: Path, arguments: Sequence[str]) -> int:
     )
     finetuning = asked.finetuning.smoke() if asked.smoke else asked.finetuning
     out = asked.out or _new_folder(config)
+    _import_from_here(asked.builder)
     with reported() as progress:
-        report = run_finetuning(finetuning, folder, out, progress)
+        report = run_finetuning(finetuning, folder, out, progress, builder=asked.builder)
     print(report.text())
     print(f"results in {out}")
     return 0
@@ -216,8 +224,7 @@ def _finetune(folder: Path, config: Path, arguments: Sequence[str]) -> int:
 def _benchmark(rest: Sequence[str]) -> int:
     asked = tyro.cli(MakeBenchmark, args=rest, prog="accel benchmark")
     out = asked.out or asked.folder / BENCHMARK_FILE
-    if asked.torch is not None and (here := str(Path.cwd())) not in sys.path:
-        sys.path.append(here)
+    _import_from_here(asked.torch, asked.builder)
     with reported() as progress:
         found = benchmark(
             asked.folder,
@@ -229,6 +236,7 @@ def _benchmark(rest: Sequence[str]) -> int:
             dtype=asked.dtype,
             onnx=asked.onnx,
             torch=asked.torch,
+            builder=asked.builder,
             progress=progress,
         )
     Console().print(benchmark_summary(found))
@@ -264,6 +272,12 @@ def _table(rest: Sequence[str]) -> int:
     print(make_table(made, out, command_text(["accel", "table", *rest]), LineProgress()))
     print(f"results in {out}")
     return 0
+
+
+def _import_from_here(*builders: str | None) -> None:
+    """Lets the builders that were named be defined in a file of the current folder."""
+    if any(builders) and (here := str(Path.cwd())) not in sys.path:
+        sys.path.append(here)
 
 
 def _new_folder(config: Path) -> Path:

@@ -16,7 +16,7 @@ from typing import Any
 
 from flax import nnx
 
-from accel.checkpoint import load_model, save_model, saved_plan, saved_spec
+from accel.checkpoint import known_spec, load_model, save_model, saved_plan
 from accel.data import FlipAndShift, PixelSource
 from accel.data.settings import Images
 from accel.evaluation import accuracy
@@ -160,7 +160,12 @@ class FinetuningReport:
 
 
 def run_finetuning(
-    finetuning: Finetuning, folder: Path, out: Path, progress: Progress
+    finetuning: Finetuning,
+    folder: Path,
+    out: Path,
+    progress: Progress,
+    *,
+    builder: str | None = None,
 ) -> FinetuningReport:
     """Carries out fine-tuning and writes its folder: ``report.json``, ``model/``, ``log.txt``.
 
@@ -173,6 +178,8 @@ def run_finetuning(
         folder: What ``accel run`` or ``accel convert`` wrote.
         out: The folder to write; must not exist yet.
         progress: Receives what the run is doing.
+        builder: Where the builder of a network of the user's own is to be imported from,
+            ``package.module:function``, which a folder is not trusted to say alone.
 
     Raises:
         FileExistsError: If ``out`` exists, or ``OUT.partial`` is of another fine-tuning.
@@ -184,7 +191,8 @@ def run_finetuning(
         raise FileExistsError(f"{out} exists already; nothing is overwritten")
     finetuning.check()
     model_folder = folder / "model" if (folder / "model").is_dir() else folder
-    model, spec, plan = load_model(model_folder), saved_spec(model_folder), saved_plan(model_folder)
+    spec, plan = known_spec(model_folder, builder), saved_plan(model_folder)
+    model = load_model(model_folder, spec.build)
     for watched in (finetuning.images, finetuning.held_back):
         if watched is not None:
             watched.open()  # What is wrong with it shows now.
@@ -205,7 +213,7 @@ def run_finetuning(
     after = _accuracy(result.model, evaluation, progress)
     end = time.perf_counter()
     report = FinetuningReport(
-        model=type(model).__name__ if spec is None else spec.name,
+        model=spec.name,
         source=folder.name,
         device=device_name(),
         versions=versions(),

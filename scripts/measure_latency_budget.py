@@ -84,6 +84,8 @@ class Measurement:
 
 def main() -> int:
     use_one_pool()
+    if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
+        raise SystemExit(f"usage: {Path(sys.argv[0]).name} CONFIG --out FILE --curves FILE …")
     config = Path(sys.argv[1])
     asked = tyro.cli(
         Measurement,

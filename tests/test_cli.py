@@ -4,6 +4,7 @@ import json
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -246,32 +247,59 @@ def test_the_bundled_network_keeps_its_accuracy_at_4x(tmp_path):
     shutil.rmtree(out)
 
 
-def test_a_users_own_network_runs_by_a_config_beside_it(tmp_path, monkeypatch, pictures):
+def test_a_users_own_network_runs_by_a_config_beside_it(tmp_path, monkeypatch, idx_files, capfd):
     (tmp_path / "my_network.py").write_text(
         "from flax import nnx\n"
         "class Net(nnx.Module):\n"
         "    def __init__(self, rngs, width=8):\n"
-        "        self.stem = nnx.Conv(3, width, (3, 3), rngs=rngs)\n"
+        "        self.stem = nnx.Conv(1, width, (3, 3), strides=2, rngs=rngs)\n"
         "        self.body = nnx.Conv(width, width, (3, 3), rngs=rngs)\n"
+        "        self.head = nnx.Linear(width, 10, rngs=rngs)\n"
         "    def __call__(self, x):\n"
-        "        return self.body(nnx.relu(self.stem(x)))\n"
+        "        return self.head(nnx.relu(self.body(nnx.relu(self.stem(x)))).mean((1, 2)))\n"
     )
     (tmp_path / "my_config.py").write_text(
         "from pathlib import Path\n"
-        "from accel.data.settings import FolderImages\n"
+        "from accel.data.settings import IdxImages\n"
         "from accel.experiment import Experiment\n"
         "from accel.models import ModelSpec\n"
         "config = Experiment(\n"
         "    model=ModelSpec('my_network:Net', {'width': 12}), weights=None,\n"
-        f"    calibration=FolderImages(Path({str(pictures)!r}), image_size=32),\n"
-        f"    evaluation=FolderImages(Path({str(pictures)!r}), image_size=32),\n"
+        f"    calibration=IdxImages(Path({str(idx_files)!r})),\n"
+        f"    evaluation=IdxImages(Path({str(idx_files)!r})),\n"
         "    reconstruction='responses',\n"
         ")\n"
     )
     monkeypatch.setattr(sys, "path", list(sys.path))
     config = load_config(tmp_path / "my_config.py", Experiment)
     accel.save_model(tmp_path / "model", config.model.build(), config.model)
-    arguments = ["--smoke", "--weights", str(tmp_path / "model"), "--out", str(tmp_path / "out")]
+    out = tmp_path / "out"
+    arguments = ["--smoke", "--weights", str(tmp_path / "model"), "--out", str(out)]
     assert main(["run", str(tmp_path / "my_config.py"), *arguments]) == 0
-    accelerated = accel.load_model(tmp_path / "out" / "model", config.model.build)
+    accelerated: Any = accel.load_model(out / "model", config.model.build)
     assert isinstance(accelerated.body, FactorizedConv)
+
+    # The folder names the builder, but only the user's word has it imported.
+    sys.path.remove(str(tmp_path))
+    sys.modules.pop("my_network")
+    monkeypatch.chdir(tmp_path)
+    timed = ["benchmark", str(out), "--batch-sizes", "1", "--seconds", "0.1"]
+    trained = ["finetune", str(out), str(ROOT / "configs/finetune_fashion.py"), "--smoke"]
+    trained += ["--images.folder", str(idx_files), "--held-back.folder", str(idx_files)]
+    trained += ["--out", str(tmp_path / "finetuned")]
+    for command in (timed, trained):
+        assert main(command) == 1
+        assert "by my_network:Net, code that is not run at a folder's" in capfd.readouterr().err
+        assert main([*command, "--builder", "others:Net"]) == 1
+        assert "is of a network built by my_network:Net, not by others:N" in capfd.readouterr().err
+        assert "my_network" not in sys.modules
+    for command in (timed, trained):
+        assert main([*command, "--builder", "my_network:Net"]) == 0
+    (batch,) = json.loads((out / "benchmark.json").read_text())["batches"]
+    assert {layer["path"] for layer in batch["layers"]} == {"stem", "body"}
+    report = json.loads((tmp_path / "finetuned" / "report.json").read_text())
+    assert report["model"] == "my_network:Net"
+    finetuned: Any = accel.load_model(tmp_path / "finetuned" / "model", config.model.build)
+    before, after = (net.body.factors[0].kernel[...] for net in (accelerated, finetuned))
+    assert before.shape == after.shape
+    assert not np.array_equal(before, after)
