@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import platform
 import shlex
+import subprocess
 import sys
 from collections.abc import Sequence
 from importlib import metadata
@@ -31,14 +33,38 @@ def usable_cores() -> int:
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that a result may hang on."""
+    """Versions of Python and of the packages that a result may hang on.
+
+    That of ``accel`` names the commit, where it runs in a checkout of Git: ``0.1.0+1a2b3c4d5e6f``,
+    with ``.changed`` at the end where the package is not as it was committed.
+    """
     found = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
             found[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             continue
+    if "accel" in found and (commit := _commit()):
+        found["accel"] += f"+{commit}"
     return found
+
+
+@functools.cache
+def _commit() -> str | None:
+    """The commit that the package is of; None where it is in no checkout, or Git does not tell."""
+    package = Path(__file__).parents[1]
+    if not (package.parent / ".git").exists():
+        return None
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(package), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        commit = git("rev-parse", "--short=12", "HEAD")
+        return f"{commit}.changed" if git("status", "--porcelain", "--", ".") else commit
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 
 def command_line() -> str:
