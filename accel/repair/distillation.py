@@ -32,6 +32,7 @@ from accel.interpreter import specification
 from accel.program import Program, trace
 from accel.progress import Progress
 from accel.repair.augmentation import augment
+from accel.repair.descent import descent
 from accel.repair.features import compared_layers
 from accel.repair.state import load_state, problem_digest, save_state
 from accel.rewrite import FactorizedConv, FactorizedLinear
@@ -42,7 +43,6 @@ OUTPUTS = "outputs"
 # What enters one of these layers can be compared: it is after the activation, the pooling and the
 # addition of a residual block, and it is the same whether batch normalisation was folded or not.
 LAYERS = (nnx.Conv, nnx.Linear, FactorizedConv, FactorizedLinear)
-WARM_UP = 0.1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,10 +51,10 @@ class Distillation:
 
     Attributes:
         epochs: How often every fitting image is seen.
-        learning_rate: The highest learning rate, as a share of the size (root mean square) of each
-            parameter array: the scales of the factors of one chain are arbitrary, so that no
-            absolute rate could suit them all. It rises over the first tenth and falls as a cosine.
-            While it is high the error may be above that of the start; what counts is the end.
+        learning_rate: The size of the highest step, as a share of that of each parameter array
+            (root mean squares; see ``accel.repair.descent``). It rises over the first tenth and
+            falls as a cosine. While it is high the error may be above that of the start; what
+            counts is the end.
         batch_size: Images per step.
         features: Layers by path pattern (``fnmatch``); what enters them is compared. None for what
             enters the layers at, or before, which the resolution falls to half or less: the last
@@ -65,7 +65,7 @@ class Distillation:
     """
 
     epochs: int = 20
-    learning_rate: float = 5e-3
+    learning_rate: float = 5e-4
     batch_size: int = 50
     features: Sequence[str] | None = None
     feature_weight: float = 1.0
@@ -332,7 +332,7 @@ class _Task:
         paths = compared_layers(teacher.program, student.program, settings.features)
         self.compared = (*paths, OUTPUTS)
         self.steps = images // batch_size
-        self.optimizer = _optimizer(settings, self.steps * settings.epochs)
+        self.optimizer = descent(settings.learning_rate, self.steps * settings.epochs)
         teach, learn = _answers(teacher.program, paths), _answers(student.program, paths)
 
         def squares(trained, given, taught, images):
@@ -402,21 +402,6 @@ class _State(NamedTuple):
     optimizer: Any
     best: Parameters
     history: tuple[Epoch, ...]
-
-
-def _optimizer(settings: Distillation, steps: int) -> optax.GradientTransformation:
-    rise = max(1, round(WARM_UP * steps))
-    highest = settings.learning_rate
-    # From a step above 0: none is spent on nothing.
-    schedule = optax.warmup_cosine_decay_schedule(highest / rise, highest, rise, max(2, steps))
-    return optax.chain(
-        optax.scale_by_adam(),
-        # Adam forgets the size of gradients, so that its steps are what is clipped: after a batch
-        # with unusual gradients no array moves by more than the learning rate's share of its size.
-        optax.clip_by_block_rms(1.0),
-        optax.scale_by_param_block_rms(),
-        optax.scale_by_learning_rate(schedule),
-    )
 
 
 def _row_squares(values: jax.Array) -> jax.Array:
