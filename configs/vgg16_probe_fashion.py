@@ -14,9 +14,8 @@ features. Images are upscaled to 64×64, which leaves 2×2 positions behind ``po
 Calibration, without labels, is on 3,000 training images that the probe was neither trained nor
 chosen by: those before the last 3,000, which ``train_linear_probe.py`` holds back.
 
-With 4× fewer MACs top-1 is 0.8745, the original's 0.8759: measured by the table of all methods,
-whose command and figures are in results/README.md; some 15 minutes for this one on two slow
-CPU cores.
+What accuracy is left is in results/README.md, with the command; some 15 minutes for one network on
+two slow CPU cores.
 """
 
 from accel.data.settings import IdxImages

@@ -10,6 +10,7 @@ https://kellerjordan.github.io/posts/muon, 2024; Liu et al., arXiv:2502.16982.
 from __future__ import annotations
 
 import math
+from collections.abc import Hashable
 
 import jax
 import jax.numpy as jnp
@@ -36,7 +37,10 @@ def descent(learning_rate: float, steps: int) -> optax.GradientTransformation:
     schedule = optax.warmup_cosine_decay_schedule(
         learning_rate / rise, learning_rate, rise, max(2, steps)
     )
-    directions = {"matrix": _orthogonal(), "other": optax.scale_by_adam()}
+    directions: dict[Hashable, optax.GradientTransformation] = {
+        "matrix": _orthogonal(),
+        "other": optax.scale_by_adam(),
+    }
     return optax.chain(
         optax.partition(directions, lambda arrays: jax.tree.map(_label, arrays)),
         # Both forget the size of gradients, so that their steps are what is clipped: after a batch
