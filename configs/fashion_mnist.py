@@ -3,8 +3,8 @@
     accel run configs/fashion_mnist.py --calibration.folder DIR
 
 DIR holds the four IDX files of Fashion-MNIST (Debian: ``dpkg -L dataset-fashion-mnist``). No label
-is looked at. What more images give, after label-free repair above all, is in results/README.md
-(``results/fashion_12000_images``).
+is looked at. What more images give, before and after label-free repair, is in results/README.md
+("Chains at equal MACs").
 """
 
 import dataclasses
