@@ -15,7 +15,7 @@ from flax import serialization
 from accel.program import Program
 
 # Of the files; those of another are refused.
-FORMAT = 2
+FORMAT = 3
 
 
 def problem_digest(
