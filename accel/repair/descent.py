@@ -3,7 +3,7 @@
 A kernel is a matrix from what it is given to its outputs, ``[taps · inputs, outputs]``. Where
 U Σ Vᵀ is the singular value decomposition of its averaged gradient, its step is along U Vᵀ: in all
 directions alike, though gradients are far larger in some, in the factors of a chain above all. (On
-the bundled network at 4× this needs a third of the steps that Adam needs.) Muon: Jordan et al.,
+the bundled network at 4× this needs less than half of Adam's steps.) Muon: Jordan et al.,
 https://kellerjordan.github.io/posts/muon, 2024; Liu et al., arXiv:2502.16982.
 """
 
