@@ -2,13 +2,16 @@
 
 import dataclasses
 import json
+import os
 from importlib.metadata import version
 from pathlib import Path
 
+import jax
 import networks
 import numpy as np
 import pytest
 from flax import nnx
+from jax.experimental.compilation_cache import compilation_cache
 from stopping import StopsIn
 
 import accel
@@ -67,6 +70,35 @@ def run_smoke(name, out, *arguments, experiment=()):
     return lines, (out / "table.md").read_text()
 
 
+@pytest.fixture(scope="module")
+def small_network(tmp_path_factory):
+    """Description and folder of a network for images of Fashion-MNIST that is compiled quickly."""
+    options = {"stages": ((8, 12), (16,)), "num_classes": 10, "in_channels": 1}
+    spec = ModelSpec("accel.models.vgg:VGG", {**options, "pooled_size": 2, "hidden_features": ()})
+    folder = tmp_path_factory.mktemp("small_network") / "model"
+    save_model(folder, spec.build(), spec)
+    return spec, folder
+
+
+@pytest.fixture(scope="module")
+def small_experiment(tmp_path_factory, small_network):
+    """A config that puts this network in the place of the bundled one."""
+    spec, weights = small_network
+    file = tmp_path_factory.mktemp("small_experiment") / "small.py"
+    file.write_text(
+        "import dataclasses\n"
+        "from pathlib import Path\n"
+        "from accel.configuration import load_config\n"
+        "from accel.experiment import Experiment\n"
+        "from accel.models import ModelSpec\n"
+        f"quickstart = load_config(Path({str(ROOT / 'configs' / 'quickstart.py')!r}), Experiment)\n"
+        f"model = ModelSpec({spec.name!r}, {dict(spec.options)!r})\n"
+        f"weights = Path({str(weights)!r})\n"
+        "config = dataclasses.replace(quickstart, model=model, weights=weights)\n"
+    )
+    return file
+
+
 def test_there_is_a_test_for_every_config():
     assert {path.stem for path in PAPER.glob("*.py")} == {
         *("layer_energies", "rank_selection", "single_layer", "whole_network")
@@ -91,8 +123,8 @@ def test_layer_energies(tmp_path):
     assert f"| conv3_3 | 256 | {n} |" in table
 
 
-def test_rank_selection(tmp_path):
-    lines, table = run_smoke("rank_selection", tmp_path / "out")
+def test_rank_selection(tmp_path, small_experiment):
+    lines, table = run_smoke("rank_selection", tmp_path / "out", experiment=[small_experiment])
     assert [(line["solver"], line["asymmetric"], line["ranks"]) for line in lines] == [
         ("linear", False, "exact"),
         ("linear", True, "exact"),
@@ -145,16 +177,6 @@ def test_the_asymmetric_error_of_a_layer_is_the_one_that_accelerating_reports(tm
     assert found == pytest.approx(layer.response_error, rel=1e-3)
 
 
-@pytest.fixture(scope="module")
-def small_network(tmp_path_factory):
-    """Description and folder of a network for images of Fashion-MNIST that is compiled quickly."""
-    options = {"stages": ((8, 12), (16,)), "num_classes": 10, "in_channels": 1}
-    spec = ModelSpec("accel.models.vgg:VGG", {**options, "pooled_size": 2, "hidden_features": ()})
-    folder = tmp_path_factory.mktemp("small_network") / "model"
-    save_model(folder, spec.build(), spec)
-    return spec, folder
-
-
 def test_whole_network_by_its_command(tmp_path):
     ((line,), table) = run_smoke("whole_network", tmp_path / "out", "--latency-batches")
     assert (line["method"], line["stage"]) == ("weight SVD", "plain")
@@ -162,24 +184,13 @@ def test_whole_network_by_its_command(tmp_path):
     assert f"| weight SVD | {line['metrics']['top1']['accelerated']:.4f} |" in table
 
 
-def test_whole_network_in_all_stages(tmp_path, idx_files, small_network):
-    spec, weights = small_network
-    (tmp_path / "small.py").write_text(
-        "import dataclasses\n"
-        "from pathlib import Path\n"
-        "from accel.configuration import load_config\n"
-        "from accel.experiment import Experiment\n"
-        "from accel.models import ModelSpec\n"
-        f"quickstart = load_config(Path({str(ROOT / 'configs' / 'quickstart.py')!r}), Experiment)\n"
-        f"model = ModelSpec({spec.name!r}, {dict(spec.options)!r})\n"
-        "config = dataclasses.replace(quickstart, model=model)\n"
-    )
+def test_whole_network_in_all_stages(tmp_path, idx_files, small_experiment):
     stages = ("plain", "second sweep", "repair", "finetune", "scratch")
     folders = ["--training.images.folder", idx_files, "--training.held-back.folder", idx_files]
     lines, table = run_smoke(
-        *("whole_network", tmp_path / "out", "--stages", *stages, "--weights", str(weights)),
+        *("whole_network", tmp_path / "out", "--stages", *stages),
         *map(str, folders),
-        experiment=[tmp_path / "small.py"],
+        experiment=[small_experiment],
     )
     assert [line["stage"] for line in lines] == list(stages)
     plain = lines[0]
@@ -281,6 +292,54 @@ def test_solved_layers_of_a_network_that_was_not_finished_are_taken_over(
     assert solved == every
     assert not (stopped / "unfinished").exists()
     assert (stopped / "table.md").read_text() == (whole / "table.md").read_text()
+
+
+@pytest.fixture
+def no_compilation_folder():
+    """JAX as it is where nobody told it to keep what it compiles."""
+    folder = jax.config.jax_compilation_cache_dir
+    jax.config.update("jax_compilation_cache_dir", None)
+    yield
+    jax.config.update("jax_compilation_cache_dir", folder)
+    compilation_cache.reset_cache()
+
+
+class SeesCompilations(Progress):
+    """Keeps the folders in which JAX keeps what it compiles, and what is in them."""
+
+    def __init__(self):
+        self.folders, self.entries = set(), 0
+
+    def advance(self, amount):
+        folder = jax.config.jax_compilation_cache_dir
+        assert folder is not None
+        self.folders.add(folder)
+        self.entries = max(self.entries, len(os.listdir(folder)))
+
+
+@pytest.fixture
+def energies(small_network):
+    spec, weights = small_network
+    table = config("layer_energies").smoke()
+    experiment = dataclasses.replace(table.experiment, model=spec, weights=weights)
+    return dataclasses.replace(table, experiment=experiment)
+
+
+def test_what_is_compiled_is_kept_while_a_table_is_made(energies, tmp_path, no_compilation_folder):
+    seen = SeesCompilations()
+    make_table(energies, tmp_path / "out", "command", seen)
+    (folder,) = seen.folders
+    assert seen.entries > 0
+    assert not Path(folder).exists()
+    assert jax.config.jax_compilation_cache_dir is None
+
+
+def test_what_is_compiled_goes_to_the_users_folder_where_there_is_one(energies, tmp_path):
+    users = jax.config.jax_compilation_cache_dir
+    seen = SeesCompilations()
+    make_table(energies, tmp_path / "out", "command", seen)
+    assert seen.folders == {users}
+    assert jax.config.jax_compilation_cache_dir == users
 
 
 def planned_line(seed, speedup, rank, **more):

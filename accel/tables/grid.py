@@ -402,7 +402,13 @@ def _write_table(table: Table, lines: Sequence[Line], out: Path) -> str:
 
 @contextmanager
 def _shared_compilations() -> Iterator[None]:
-    """Keeps what is compiled in a folder: cells of one plan make the same functions anew."""
+    """Keeps what is compiled in a folder: cells of one plan make the same functions anew.
+
+    In the user's own, where JAX was told one.
+    """
+    if jax.config.jax_compilation_cache_dir:
+        yield
+        return
     with tempfile.TemporaryDirectory() as folder:
         settings = {
             "jax_compilation_cache_dir": folder,
