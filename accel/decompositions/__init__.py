@@ -6,7 +6,7 @@ from accel.decompositions.channel_input import ChannelInput
 from accel.decompositions.channel_spatial import ChannelSpatial
 from accel.decompositions.spatial import Spatial
 from accel.decompositions.spatial_swapped import SpatialSwapped
-from accel.decompositions.split import Split, Structure
+from accel.decompositions.structure import Split, Structure
 from accel.decompositions.svd import Svd
 from accel.decompositions.tucker2 import Tucker2
 

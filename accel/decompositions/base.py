@@ -26,7 +26,7 @@ import jax
 import numpy as np
 from jaxtyping import Float
 
-from accel.decompositions.split import Split, Structure
+from accel.decompositions.structure import Split, Structure
 
 
 @dataclasses.dataclass(frozen=True)

@@ -406,9 +406,6 @@ def _shared_compilations() -> Iterator[None]:
 
     In the user's own, where JAX was told one.
     """
-    if jax.config.jax_compilation_cache_dir:
-        yield
-        return
     with tempfile.TemporaryDirectory() as folder:
         settings = {
             "jax_compilation_cache_dir": folder,
@@ -416,6 +413,9 @@ def _shared_compilations() -> Iterator[None]:
             "jax_persistent_cache_min_entry_size_bytes": -1,
         }
         before = {name: getattr(jax.config, name) for name in settings}
+        if before["jax_compilation_cache_dir"]:
+            yield
+            return
         try:
             for name, value in settings.items():
                 jax.config.update(name, value)
