@@ -143,6 +143,8 @@ def accelerate(
         latency_dtype=latency_dtype,
     )
     budget.check(model, rank_selection, dense_speedup)
+    if not budget.given:
+        check_speedup("speedup", speedup)
     allowed_loss = budget.allowed_loss
     if allowed_loss is not None:
         allowed_loss.check(model, images)

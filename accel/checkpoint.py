@@ -180,3 +180,9 @@ def _check_fit(folder: Path, expected: dict, saved: dict) -> None:
                 f"{folder}: {path!r} has shape {tuple(saved[path].shape)}, the network needs"
                 f" {tuple(expected[path].shape)}"
             )
+        # Restoring would turn one type into the other without a word.
+        if not is_key and saved[path].dtype != expected[path].dtype:
+            raise ValueError(
+                f"{folder}: {path!r} is {saved[path].dtype}, the network needs"
+                f" {expected[path].dtype}"
+            )

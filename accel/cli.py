@@ -151,7 +151,8 @@ class Convert:
         num_classes: Number of classes, where it is not the network's usual one.
         input_channels: Channels of the images, where they are not the network's usual ones.
         batch_norm: Whether the file is of a network with batch norm.
-        fold: Whether to fold the batch norm into the convolutions.
+        fold: Whether to fold the batch norm into the convolutions, for fine-tuning without it:
+            ``accel run`` takes the network as it is, and folds it itself.
     """
 
     file: tyro.conf.Positional[Path]
@@ -298,7 +299,7 @@ def _convert(asked: Convert) -> int:
     if asked.fold:
         channels = model.conv1_1.in_features
         pairs = find_foldable(model, jax.ShapeDtypeStruct((1, 224, 224, channels), "float32"))
-        plan = AccelerationPlan((), pairs)
+        plan = AccelerationPlan((), pairs) if pairs else None
         model = fold_batch_norm(model, pairs)
     save_model(asked.out, model, spec, plan)
     print(f"{asked.file} → {asked.out} ({spec.name})")

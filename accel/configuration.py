@@ -22,7 +22,7 @@ def load_config(file: Path, kind: type[Config]) -> Config:
     """
     if not file.is_file():
         raise ValueError(f"{file}: no such config file")
-    # As Python does for a script: a config's own network may be defined in a file beside it.
+    # A config's own network may be defined in a file beside it; installed packages come first.
     if (folder := str(file.resolve().parent)) not in sys.path:
         sys.path.append(folder)
     config = runpy.run_path(str(file)).get("config")

@@ -220,12 +220,17 @@ class TimeCache:
         text = json.dumps(where, sort_keys=True)
         self.file = folder / f"times-{hashlib.sha256(text.encode()).hexdigest()[:16]}.json"
         self.content: dict[str, Any] = {"measured_on": where, "seconds": {}}
-        if self.file.exists():
-            try:
-                content = json.loads(self.file.read_text())
-                self.content["seconds"] = {k: float(v) for k, v in content["seconds"].items()}
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise ValueError(f"{self.file} holds no times of layers: {error!r}") from error
+        self.content["seconds"] = self._kept()
+
+    def _kept(self) -> dict[str, float]:
+        """The times in the file."""
+        if not self.file.exists():
+            return {}
+        try:
+            content = json.loads(self.file.read_text())
+            return {key: float(value) for key, value in content["seconds"].items()}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{self.file} holds no times of layers: {error!r}") from error
 
     def seconds(
         self,
@@ -252,7 +257,8 @@ class TimeCache:
         return [known[key] for key in keys]
 
     def save(self) -> None:
-        """Writes the file, whole or not at all."""
+        """Writes the file, whole or not at all; what others put there meanwhile stays."""
+        self.content["seconds"] = {**self._kept(), **self.content["seconds"]}
         write_whole(self.file, json.dumps(self.content, indent=1) + "\n")
 
 

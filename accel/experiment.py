@@ -15,18 +15,19 @@ from importlib import resources
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+import jax
 from flax import nnx
 
 from accel.accelerate import accelerate
-from accel.benchmark import latency
+from accel.benchmark import REPEATS, check_measurement, latency
 from accel.calibration import ALL_KINDS, Calibration, calibrate
 from accel.checkpoint import load_model, save_model, saved_spec
 from accel.data import PixelSource
 from accel.data.settings import Images
 from accel.evaluation import accuracy, compare_outputs
 from accel.evaluation.answers import KEPT_BYTES, Answers
-from accel.evaluation.forward import check_dtype, in_dtype
-from accel.files import begin_folder
+from accel.evaluation.forward import check_dtype, forward_function, in_dtype, output_shape
+from accel.files import unfinished_folder
 from accel.models import ModelSpec
 from accel.network_reconstruction import Result
 from accel.progress import Progress
@@ -36,6 +37,11 @@ from accel.selection import MEASURED_ERROR
 from accel.weights import load
 
 BUNDLED = "bundled"
+# Fields that no solved layer hangs on; repairs that were begun tell their own settings apart.
+AFTER_SOLVING = (
+    *("second_sweep", "distillation"),
+    *("evaluation", "metrics", "latency_batches", "latency_seconds"),
+)
 
 
 class Reference(NamedTuple):
@@ -86,7 +92,7 @@ class Experiment:
             for the types that they have.
         latency_batches: Batch sizes to time; none for no timing.
         latency_seconds: Time for timing.
-        image_limit: How many images to use of each kind at most; None for all.
+        image_limit: How many images to use of each kind at most, spread over all; None for all.
     """
 
     model: ModelSpec
@@ -144,6 +150,18 @@ class Experiment:
             allowed_error=None,
             allowed_disagreement=None,
         )
+
+    def check(self, original: nnx.Module) -> None:
+        """Raises ValueError, before the long work, where what comes after it would not fit."""
+        if self.second_sweep < 0:
+            raise ValueError(f"second_sweep is 0 or more, found {self.second_sweep}")
+        if self.inference_dtype is not None:
+            in_dtype(original, self.inference_dtype)  # Values beyond its range show now.
+        if self.latency_batches:
+            check_measurement("latency", self.latency_batches, REPEATS, self.latency_seconds)
+        evaluation = self.limited(self.evaluation)
+        batch = jax.ShapeDtypeStruct((1, *evaluation.image_shape), "float32")
+        output_shape(*forward_function(original), batch, "original network")
 
     def load_model(self) -> nnx.Module:
         """The original network.
@@ -254,9 +272,9 @@ class Experiment:
         return accuracy(answers, images, batch_size=self.batch_size, progress=progress)
 
     def limited(self, images: Images) -> PixelSource:
-        """The images, no more than ``image_limit``."""
+        """The images, no more than ``image_limit`` of them."""
         source = images.open()
-        return source if self.image_limit is None else source.first(self.image_limit)
+        return source if self.image_limit is None else source.spread(self.image_limit)
 
 
 def to_json(experiment: Experiment) -> str:
@@ -269,7 +287,8 @@ def run(experiment: Experiment, name: str, out: Path, progress: Progress) -> Res
 
     Everything is written to ``OUT.partial``, which is renamed when it is complete. Where that
     folder is left of the same experiment, stopped before it was done, its solved layers are taken
-    over.
+    over; repairs and what is measured may have been set otherwise (``AFTER_SOLVING``). The
+    accelerated network is in it, as ``model``, before anything of it is measured.
 
     Args:
         experiment: What to do.
@@ -278,69 +297,65 @@ def run(experiment: Experiment, name: str, out: Path, progress: Progress) -> Res
         progress: Receives what the run is doing.
 
     Raises:
-        FileExistsError: If ``out`` exists, or ``OUT.partial`` is of another experiment.
+        FileExistsError: If ``out`` exists, or ``OUT.partial`` is of another experiment or in use.
         ValueError: If something of the experiment does not fit; before long work where possible.
     """
     start = time.perf_counter()
     if out.exists():
         raise FileExistsError(f"{out} exists already; nothing is overwritten")
-    if experiment.second_sweep < 0:
-        raise ValueError(f"second_sweep is 0 or more, found {experiment.second_sweep}")
     check_dtype(experiment.inference_dtype)
     original = experiment.load_model()
-    if experiment.inference_dtype is not None:
-        in_dtype(original, experiment.inference_dtype)  # Values beyond its range show now.
     images = experiment.limited(experiment.calibration)
-    experiment.limited(experiment.evaluation)  # What is wrong with it shows now.
-    partial = begin_folder(to_json(experiment), out)
-    progress.say(f"writing to {out}; if stopped, it goes on when called again with --out {out}")
-    # Before the long work, so that labels which do not fit the network show at once.
-    reference = experiment.reference(original, progress)
-    before_seconds = time.perf_counter() - start
-    result = experiment.accelerate(original, images, progress, resume=partial / "layers")
-    if experiment.second_sweep:
-        result = _refitted(experiment, original, images, result, partial, progress)
-    if experiment.distillation is not None:
-        result = _distilled(experiment, original, images, result, partial, progress)
-    evaluation_start = time.perf_counter()
-    progress.say("evaluating")
-    metrics = experiment.evaluate(reference, result.model, progress)
-    times = {}
-    if experiment.latency_batches:
-        progress.say("timing")
-        times = latency(
-            original,
-            result.model,
-            images.image_shape,
-            batch_sizes=experiment.latency_batches,
-            seconds=experiment.latency_seconds,
-            dtype=experiment.inference_dtype,
+    experiment.check(original)
+    with unfinished_folder(to_json(experiment), out, free=AFTER_SOLVING) as partial:
+        progress.say(f"writing to {out}; if stopped, it goes on when called again with --out {out}")
+        # Before the long work, so that labels which do not fit the network show at once.
+        reference = experiment.reference(original, progress)
+        before_seconds = time.perf_counter() - start
+        result = experiment.accelerate(original, images, progress, resume=partial / "layers")
+        if experiment.second_sweep:
+            result = _refitted(experiment, original, images, result, partial, progress)
+        if experiment.distillation is not None:
+            result = _distilled(experiment, original, images, result, partial, progress)
+        # Whatever becomes of measuring it, the network is there.
+        shutil.rmtree(partial / "model", ignore_errors=True)
+        save_model(partial / "model", result.model, experiment.model, result.plan)
+        evaluation_start = time.perf_counter()
+        progress.say("evaluating")
+        metrics = experiment.evaluate(reference, result.model, progress)
+        times = {}
+        if experiment.latency_batches:
+            progress.say("timing")
+            times = latency(
+                original,
+                result.model,
+                images.image_shape,
+                batch_sizes=experiment.latency_batches,
+                seconds=experiment.latency_seconds,
+                dtype=experiment.inference_dtype,
+            )
+        end = time.perf_counter()
+        seconds = {
+            **result.report.seconds,
+            "evaluate": before_seconds + end - evaluation_start,
+            "total": end - start,
+        }
+        report = dataclasses.replace(
+            result.report,
+            model=name,
+            settings={
+                **result.report.settings,
+                "image_shape": images.image_shape,
+                "inference_dtype": experiment.inference_dtype,
+            },
+            latency=times,
+            metrics=metrics,
+            seconds=seconds,
         )
-    end = time.perf_counter()
-    seconds = {
-        **result.report.seconds,
-        "evaluate": before_seconds + end - evaluation_start,
-        "total": end - start,
-    }
-    report = dataclasses.replace(
-        result.report,
-        model=name,
-        settings={
-            **result.report.settings,
-            "image_shape": images.image_shape,
-            "inference_dtype": experiment.inference_dtype,
-        },
-        latency=times,
-        metrics=metrics,
-        seconds=seconds,
-    )
-    shutil.rmtree(partial / "model", ignore_errors=True)
-    save_model(partial / "model", result.model, experiment.model, result.plan)
-    (partial / "report.json").write_text(report.to_json())
-    shutil.rmtree(partial / "layers", ignore_errors=True)
-    shutil.rmtree(partial / "second_sweep", ignore_errors=True)
-    shutil.rmtree(partial / "distillation", ignore_errors=True)
-    partial.rename(out)
+        (partial / "report.json").write_text(report.to_json())
+        for solved in ("layers", "second_sweep", "distillation"):
+            shutil.rmtree(partial / solved, ignore_errors=True)
+        partial.rename(out)
     return dataclasses.replace(result, report=report)
 
 

@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # Windows, where folders cannot be locked like this.
+    fcntl = None
 
 
 def write_whole(file: Path, text: str) -> None:
@@ -15,22 +23,58 @@ def write_whole(file: Path, text: str) -> None:
     partial.replace(file)
 
 
-def begin_folder(text: str, out: Path) -> Path:
-    """The folder ``OUT.partial`` of an unfinished run, new or left of the same experiment.
-
-    Args:
-        text: The experiment as text, to be told from others by.
-        out: What the folder will be called when it is complete.
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keeps other processes from writing to a folder. Whatever ends this one lets go of it.
 
     Raises:
-        FileExistsError: If the folder is there and of another experiment.
+        FileExistsError: If another process is writing to it.
+    """
+    if fcntl is None:
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise FileExistsError(
+                f"another process is writing to {folder}; wait for it, or choose another --out"
+            ) from None
+        except OSError:
+            # Not every file system can lock; there it is up to the user, as on Windows.
+            pass
+        yield
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def unfinished_folder(record: str, out: Path, *, free: Collection[str] = ()) -> Iterator[Path]:
+    """The folder ``OUT.partial`` of an unfinished run, new or left of the same experiment.
+
+    It is locked: a second process that is told the same ``out`` is refused.
+
+    Args:
+        record: The experiment as a JSON object, to be told from others by.
+        out: What the folder will be called when it is complete.
+        free: Keys of the record that may differ: nothing in the unfinished folder hangs on them.
+
+    Raises:
+        FileExistsError: If the folder is there and of another experiment, or in use.
     """
     partial = out.with_name(f"{out.name}.partial")
-    record = partial / "experiment.json"
-    if record.exists() and record.read_text() != text:
-        raise FileExistsError(
-            f"{partial} holds an unfinished run of another experiment; remove it or choose another"
-            " --out"
-        )
-    write_whole(record, text)
-    return partial
+    partial.mkdir(parents=True, exist_ok=True)
+    with locked(partial):
+        file = partial / "experiment.json"
+        if file.exists() and _without(file.read_text(), free) != _without(record, free):
+            raise FileExistsError(
+                f"{partial} holds an unfinished run of another experiment; remove it or choose"
+                " another --out"
+            )
+        write_whole(file, record)
+        yield partial
+
+
+def _without(record: str, keys: Collection[str]) -> dict[str, object]:
+    return {key: value for key, value in json.loads(record).items() if key not in keys}

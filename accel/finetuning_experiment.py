@@ -20,7 +20,7 @@ from accel.checkpoint import known_spec, load_model, save_model, saved_plan
 from accel.data import FlipAndShift, PixelSource
 from accel.data.settings import Images
 from accel.evaluation import accuracy
-from accel.files import begin_folder
+from accel.files import unfinished_folder
 from accel.finetune import Epoch, FinetuneResult, check_settings, finetune
 from accel.progress import Progress
 from accel.reinitialize import reinitialized
@@ -52,7 +52,7 @@ class Finetuning:
         checkpoint_seconds: Time between checkpoints within an epoch.
         from_scratch: Whether to forget all weights first: the paper's control, the accelerated
             architecture trained without what the original network had learned.
-        image_limit: How many images to use of each kind at most; None for all.
+        image_limit: How many images to use of each kind at most, spread over all; None for all.
     """
 
     images: Images
@@ -78,9 +78,9 @@ class Finetuning:
         return dataclasses.replace(self, image_limit=64, epochs=1, batch_size=16)
 
     def limited(self, images: Images) -> PixelSource:
-        """The images, no more than ``image_limit``."""
+        """The images, no more than ``image_limit`` of them."""
         source = images.open()
-        return source if self.image_limit is None else source.first(self.image_limit)
+        return source if self.image_limit is None else source.spread(self.image_limit)
 
     def check(self) -> None:
         """Raises ValueError where a setting is not one that training can have."""
@@ -182,7 +182,7 @@ def run_finetuning(
             ``package.module:function``, which a folder is not trusted to say alone.
 
     Raises:
-        FileExistsError: If ``out`` exists, or ``OUT.partial`` is of another fine-tuning.
+        FileExistsError: If ``out`` exists, or ``OUT.partial`` is of another fine-tuning or in use.
         ValueError: If network, images and settings do not fit together.
         FloatingPointError: If training diverges.
     """
@@ -199,39 +199,39 @@ def run_finetuning(
     evaluation = finetuning.limited(finetuning.evaluation)
     asked = dataclasses.asdict(finetuning)
     record = json.dumps({"model": str(folder), **asked}, indent=2, default=str) + "\n"
-    partial = begin_folder(record, out)
-    progress.say(f"writing to {out}; if stopped, it goes on when called again with --out {out}")
-    before = _accuracy(model, evaluation, progress)
-    trained_from = time.perf_counter()
-    result = finetuning.train(
-        reinitialized(model, finetuning.seed) if finetuning.from_scratch else model,
-        partial / "training",
-        progress,
-    )
-    trained = time.perf_counter()
-    progress.say("evaluating")
-    after = _accuracy(result.model, evaluation, progress)
-    end = time.perf_counter()
-    report = FinetuningReport(
-        model=spec.name,
-        source=folder.name,
-        device=device_name(),
-        versions=versions(),
-        settings=asked,
-        history=result.history,
-        metrics={name: {"before": before[name], "after": after[name]} for name in before},
-        seconds={
-            "train": sum(epoch.seconds for epoch in result.history),
-            "evaluate": trained_from - start + end - trained,
-            "total": end - start,
-        },
-    )
-    shutil.rmtree(partial / "model", ignore_errors=True)
-    save_model(partial / "model", result.model, spec, plan)
-    (partial / "report.json").write_text(report.to_json())
-    (partial / "log.txt").write_text(report.text() + "\n")
-    shutil.rmtree(partial / "training", ignore_errors=True)
-    partial.rename(out)
+    with unfinished_folder(record, out) as partial:
+        progress.say(f"writing to {out}; if stopped, it goes on when called again with --out {out}")
+        before = _accuracy(model, evaluation, progress)
+        trained_from = time.perf_counter()
+        result = finetuning.train(
+            reinitialized(model, finetuning.seed) if finetuning.from_scratch else model,
+            partial / "training",
+            progress,
+        )
+        trained = time.perf_counter()
+        progress.say("evaluating")
+        after = _accuracy(result.model, evaluation, progress)
+        end = time.perf_counter()
+        report = FinetuningReport(
+            model=spec.name,
+            source=folder.name,
+            device=device_name(),
+            versions=versions(),
+            settings=asked,
+            history=result.history,
+            metrics={name: {"before": before[name], "after": after[name]} for name in before},
+            seconds={
+                "train": sum(epoch.seconds for epoch in result.history),
+                "evaluate": trained_from - start + end - trained,
+                "total": end - start,
+            },
+        )
+        shutil.rmtree(partial / "model", ignore_errors=True)
+        save_model(partial / "model", result.model, spec, plan)
+        (partial / "report.json").write_text(report.to_json())
+        (partial / "log.txt").write_text(report.text() + "\n")
+        shutil.rmtree(partial / "training", ignore_errors=True)
+        partial.rename(out)
     return report
 
 

@@ -3,7 +3,8 @@
     python scripts/measure_calibration_cost.py CONFIG --out FILE.json [--FIELD VALUE …]
 
 In one run: accelerates the network of CONFIG, then times jitted passes of the original and of the
-accelerated network over the calibration images, compilation included on both sides. Calibration is
+accelerated network over the calibration images, compilation included on both sides and the compiler
+told the same. Calibration is
 all of ``accelerate`` but solving and, where ranks are selected by errors, measuring these.
 """
 
@@ -20,6 +21,7 @@ import jax
 import numpy as np
 import tyro
 
+from accel.compiler import network_options
 from accel.configuration import load_config
 from accel.evaluation.forward import forward_function
 from accel.experiment import Experiment
@@ -40,7 +42,7 @@ def forward_seconds(model, source, batch_size: int) -> float:
     """Seconds of a jitted pass over all images, without keeping the outputs."""
     start = time.perf_counter()
     forward, state = forward_function(model)
-    jitted = jax.jit(forward)
+    jitted = jax.jit(forward, compiler_options=network_options(model))
     for batch in full_batches(source, batch_size):
         np.asarray(jitted(state, batch))
     return time.perf_counter() - start

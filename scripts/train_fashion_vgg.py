@@ -5,13 +5,15 @@
 DIR holds the four IDX files of Fashion-MNIST (Debian: ``dpkg -L dataset-fashion-mnist``). Six
 epochs of Nesterov SGD with a one-cycle schedule take about an hour on two CPU cores and a minute on
 a GPU. The recipe is fixed beforehand; the last 3,000 training images are kept back to watch it,
-and the test images are looked at once, at the end. A checkpoint is kept in OUT.checkpoints after
-every epoch, and a run that was stopped goes on from the last one with the same result.
+and the test images are looked at once, at the end. A checkpoint is kept in OUT.partial after every
+epoch, and a run that was stopped goes on from the last one with the same result.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import json
+import shutil
 import time
 from pathlib import Path
 
@@ -25,6 +27,7 @@ from flax import nnx
 from safetensors.numpy import save_file
 
 from accel.data.idx import read_idx
+from accel.files import unfinished_folder
 from accel.models.vgg import STAGES, VGG
 
 MEAN, STANDARD_DEVIATION = 0.2860, 0.3530
@@ -77,6 +80,8 @@ def folded_weights(model: VGG) -> dict[str, np.ndarray]:
 
 
 def main(options: Options) -> None:
+    if options.out.exists():
+        raise FileExistsError(f"{options.out} exists already; nothing is overwritten")
     images = read_idx(options.data / "train-images-idx3-ubyte.gz", 3)
     labels = read_idx(options.data / "train-labels-idx1-ubyte.gz", 1).astype(np.int32)
     kept_images, kept_labels = images[-HELD_BACK:], labels[-HELD_BACK:]
@@ -133,46 +138,51 @@ def main(options: Options) -> None:
         predictions = [predict(parameters, rest, images[i : i + 500]) for i in batches]
         return float(np.mean(np.concatenate(predictions) == labels))
 
-    state = (parameters, rest, optimizer.init(parameters))
-    manager = ocp.CheckpointManager(
-        Path(f"{options.out}.checkpoints").resolve(),
-        options=ocp.CheckpointManagerOptions(max_to_keep=1),
-    )
-    done = manager.latest_step() or 0
-    if done:
-        leaves = manager.restore(done, args=ocp.args.StandardRestore(jax.tree.leaves(state)))
-        state = jax.tree.unflatten(jax.tree.structure(state), leaves)
-        print(f"going on after epoch {done}", flush=True)
-    for epoch in range(done, options.epochs):
-        order_key, augment_key = jax.random.split(
-            jax.random.fold_in(jax.random.key(options.seed), epoch)
+    record = json.dumps(dataclasses.asdict(options), default=str)
+    with unfinished_folder(record, options.out) as partial:
+        state = (parameters, rest, optimizer.init(parameters))
+        manager = ocp.CheckpointManager(
+            (partial / "checkpoints").resolve(),
+            options=ocp.CheckpointManagerOptions(max_to_keep=1),
         )
-        order = np.asarray(jax.random.permutation(order_key, len(images)))
-        start = time.perf_counter()
-        for step in range(steps_per_epoch):
-            batch = order[step * options.batch_size : (step + 1) * options.batch_size]
-            *state, loss = train_step(
-                *state, images[batch], labels[batch], jax.random.fold_in(augment_key, step)
+        done = manager.latest_step() or 0
+        if done:
+            leaves = manager.restore(done, args=ocp.args.StandardRestore(jax.tree.leaves(state)))
+            state = jax.tree.unflatten(jax.tree.structure(state), leaves)
+            print(f"going on after epoch {done}", flush=True)
+        for epoch in range(done, options.epochs):
+            order_key, augment_key = jax.random.split(
+                jax.random.fold_in(jax.random.key(options.seed), epoch)
             )
-            if step % 50 == 49:
-                seconds = (time.perf_counter() - start) / (step + 1)
-                left = seconds * ((options.epochs - epoch) * steps_per_epoch - step - 1)
-                print(
-                    f"epoch {epoch + 1}/{options.epochs} step {step + 1}/{steps_per_epoch}"
-                    f" loss {float(loss):.4f}, {left / 60:.0f} min left",
-                    flush=True,
+            order = np.asarray(jax.random.permutation(order_key, len(images)))
+            start = time.perf_counter()
+            for step in range(steps_per_epoch):
+                batch = order[step * options.batch_size : (step + 1) * options.batch_size]
+                *state, loss = train_step(
+                    *state, images[batch], labels[batch], jax.random.fold_in(augment_key, step)
                 )
-        manager.save(epoch + 1, args=ocp.args.StandardSave(jax.tree.leaves(state)))
-        manager.wait_until_finished()
-        kept = accuracy(state[0], state[1], kept_images, kept_labels)
-        print(f"epoch {epoch + 1}: accuracy on held-back training images {kept:.4f}", flush=True)
+                if step % 50 == 49:
+                    seconds = (time.perf_counter() - start) / (step + 1)
+                    left = seconds * ((options.epochs - epoch) * steps_per_epoch - step - 1)
+                    print(
+                        f"epoch {epoch + 1}/{options.epochs} step {step + 1}/{steps_per_epoch}"
+                        f" loss {float(loss):.4f}, {left / 60:.0f} min left",
+                        flush=True,
+                    )
+            manager.save(epoch + 1, args=ocp.args.StandardSave(jax.tree.leaves(state)))
+            manager.wait_until_finished()
+            kept = accuracy(state[0], state[1], kept_images, kept_labels)
+            print(
+                f"epoch {epoch + 1}: accuracy on held-back training images {kept:.4f}", flush=True
+            )
 
-    test = accuracy(state[0], state[1], test_images, test_labels)
-    print(f"test accuracy {test:.4f} on {len(test_images)} images", flush=True)
-    trained = nnx.merge(graphdef, state[0], state[1])
-    temporary = options.out.with_suffix(".partial")
-    save_file(folded_weights(trained), temporary, metadata={"test_accuracy": f"{test:.4f}"})
-    temporary.replace(options.out)
+        test = accuracy(state[0], state[1], test_images, test_labels)
+        print(f"test accuracy {test:.4f} on {len(test_images)} images", flush=True)
+        trained = nnx.merge(graphdef, state[0], state[1])
+        weights = partial / "weights.safetensors"
+        save_file(folded_weights(trained), weights, metadata={"test_accuracy": f"{test:.4f}"})
+        weights.rename(options.out)
+        shutil.rmtree(partial)
 
 
 def _is_weight(parameter: jax.Array) -> bool:

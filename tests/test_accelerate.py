@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -270,6 +271,15 @@ class NoConvolution(nnx.Module):
 def test_bad_input_is_named(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_a_speedup_that_makes_no_sense_shows_before_the_long_work(monkeypatch):
+    def calibrated(*_, **__):
+        raise AssertionError("the network was calibrated")
+
+    monkeypatch.setattr(sys.modules["accel.accelerate"], "calibrate", calibrated)
+    with pytest.raises(ValueError, match="speedup must be a finite number above 1"):
+        accel.accelerate(networks.network("chain"), IMAGES, 0.5)
 
 
 def test_memory_stays_under_what_was_stated():

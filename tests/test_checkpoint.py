@@ -130,6 +130,15 @@ def test_a_network_that_does_not_fit_the_folder_is_refused(tmp_path):
         accel.load_model(tmp_path / "nothing")
 
 
+def test_types_are_not_changed_without_a_word(tmp_path):
+    def build(dtype):
+        return lambda: nnx.Linear(3, 2, param_dtype=dtype, rngs=nnx.Rngs(0))
+
+    accel.save_model(tmp_path / "model", build(jnp.float32)())
+    with pytest.raises(ValueError, match="'bias' is float32, the network needs bfloat16"):
+        accel.load_model(tmp_path / "model", build(jnp.bfloat16))
+
+
 def test_a_half_written_folder_of_a_killed_run_does_not_stand_in_the_way(tmp_path):
     model, plan = accelerated()
     (tmp_path / "model.partial").mkdir()

@@ -1,5 +1,6 @@
 """Every documented command, run for real (with --smoke where it would take long)."""
 
+import dataclasses
 import json
 import shutil
 import sys
@@ -15,7 +16,9 @@ import accel
 from accel.cli import main
 from accel.configuration import load_config
 from accel.data import fashion_test_images
-from accel.experiment import Experiment
+from accel.data.settings import FolderImages
+from accel.experiment import Experiment, run
+from accel.progress import Progress
 from accel.rewrite import FactorizedConv
 
 ROOT = Path(__file__).parent.parent
@@ -87,12 +90,57 @@ def test_a_stopped_run_of_another_experiment_is_not_mixed_up(tmp_path, capfd):
     assert "unfinished run of another experiment" in capfd.readouterr().err
 
 
-def test_fields_are_overridden_and_recorded(tmp_path):
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"latency_seconds": 0.0}, "latency needs batch sizes of 1 or more"),
+        ({"second_sweep": -1}, "second_sweep is 0 or more, found -1"),
+        (
+            "evaluation",
+            r"original network cannot be called with images of shape \(1, 224, 224, 3\)",
+        ),
+    ],
+)
+def test_what_would_fail_after_the_long_work_is_refused_before(wrong, message, tmp_path):
+    Image.new("RGB", (30, 30)).save(tmp_path / "coloured.png")
+    quickstart = load_config(ROOT / "configs" / "quickstart.py", Experiment).smoke()
+    if wrong == "evaluation":
+        wrong = {"evaluation": FolderImages(tmp_path)}
+    with pytest.raises(ValueError, match=message):
+        run(dataclasses.replace(quickstart, **wrong), "small_vgg", tmp_path / "out", Progress())
+    assert [path.name for path in tmp_path.iterdir()] == ["coloured.png"]
+
+
+def test_fields_are_overridden_and_recorded_and_a_failed_measurement_loses_nothing(
+    tmp_path, capfd, monkeypatch
+):
     out = tmp_path / "out"
     config = str(ROOT / "configs/quickstart.py")
     overrides = ["--speedup", "2.5", "--solver", "reduced_rank_regression", "--rank-selection"]
     overrides += ["uniform", "--seed", "3", "--latency-batches"]
-    assert main(["run", config, "--smoke", "--out", str(out), *overrides]) == 0
+    command = ["run", config, "--smoke", "--out", str(out), *overrides]
+
+    def no_memory(*_):
+        raise ValueError("no memory is left")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Experiment, "evaluate", no_memory)
+        assert main(command) == 1
+    assert "no memory is left" in capfd.readouterr().err
+    unfinished = tmp_path / "out.partial"
+    accelerated = accel.load_model(unfinished / "model")
+    solved = [file.read_bytes() for file in sorted((unfinished / "layers").iterdir())]
+    assert len(solved) == 6
+
+    # The corrected command goes on with the layers.
+    def not_again(*_):
+        raise AssertionError("a layer was solved again")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("accel.network_reconstruction.solve_layer", not_again)
+        assert main([*command, "--metrics", "outputs"]) == 0
+    images = next(fashion_test_images().batches(8))
+    np.testing.assert_array_equal(accel.load_model(out / "model")(images), accelerated(images))
     report = json.loads((out / "report.json").read_text())
     assert 2.5 <= report["macs"]["speedup"] < 2.6
     assert report["settings"]["solver"]["name"] == "ReducedRankRegression"

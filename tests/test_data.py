@@ -1,4 +1,5 @@
 import gzip
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from accel.data import (
     fashion_test_images,
     preprocess,
 )
+from accel.data.settings import TfdsImages
 
 
 def pixels(images=7, size=5, channels=3, seed=0):
@@ -74,25 +76,37 @@ def test_batches_hold_every_image_once_in_order():
     )
 
 
-def test_the_first_images_of_a_source():
+def test_some_images_of_a_source_are_from_all_of_it():
+    """As a folder of classes is ordered, its first images would be of one class."""
     source = ArrayImages(pixels(), "caffe", np.arange(7), class_count=7)
-    first = source.first(5)
-    assert (len(first), first.image_shape, first.class_count) == (5, (5, 5, 3), 7)
-    batches = list(first.labelled_batches(3))
-    assert np.concatenate([labels for _, labels in batches]).tolist() == [0, 1, 2, 3, 4]
+    some = source.spread(5)
+    assert (len(some), some.image_shape, some.class_count) == (5, (5, 5, 3), 7)
+    batches = list(some.labelled_batches(3))
+    chosen = [0, 2, 3, 4, 6]
+    assert np.concatenate([labels for _, labels in batches]).tolist() == chosen
     np.testing.assert_array_equal(
-        np.concatenate([images for images, _ in batches]), preprocess(pixels()[:5], "caffe")
+        np.concatenate([images for images, _ in batches]), preprocess(pixels()[chosen], "caffe")
     )
-    assert len(source.first(100)) == 7
+    taken, labels = some.take(np.array([4, 1]))
+    np.testing.assert_array_equal(taken, pixels()[[6, 2]])
+    assert labels.tolist() == [6, 2]
+    assert len(source.spread(100)) == 7
+
+
+def test_a_package_that_is_missing_is_named(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
+    monkeypatch.delitem(sys.modules, "accel.data.tfds", raising=False)
+    with pytest.raises(ValueError, match="pip install tensorflow-datasets"):
+        TfdsImages(data_dir=tmp_path).open()
 
 
 def test_groups_of_images_are_kept():
     groups = np.array([5, 5, 1, 1, 5, 2, 2])
     source = ArrayImages(pixels(), "caffe", groups=groups)
-    assert source.first(3).groups.tolist() == [5, 5, 1]
-    assert source.first(3).loaded().groups.tolist() == [5, 5, 1]
-    assert source.first(3).first(2).groups.tolist() == [5, 5]
-    assert ArrayImages(pixels(), "caffe").first(3).groups is None
+    assert source.spread(3).groups.tolist() == [5, 1, 2]
+    assert source.spread(3).loaded().groups.tolist() == [5, 1, 2]
+    assert source.spread(3).spread(2).groups.tolist() == [5, 2]
+    assert ArrayImages(pixels(), "caffe").spread(3).groups is None
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from flax import nnx
 
 import accel
 from accel.batch_norm import find_foldable, fold_batch_norm
+from accel.evaluation.forward import in_dtype
 from accel.images import ArraySource, fitting_images
 from accel.plan import AccelerationPlan, LayerPlan
 from accel.program import named_layers
@@ -135,6 +136,15 @@ def test_the_same_seed_gives_the_same_network(pairs, short):
     again = distill(*pairs["residual"], IMAGES, settings=SHORT)
     assert_same_arrays(short.model, again.model)
     assert short.history == again.history
+
+
+def test_steps_of_reduced_precision_are_not_rounded_away(pairs):
+    original, accelerated = (in_dtype(model, "bfloat16") for model in pairs["residual"])
+    found = distill(original, accelerated, IMAGES, settings=SHORT)
+    assert found.error_after < 0.8 * found.error_before
+    before, after = (model.head.kernel[...] for model in (accelerated, found.model))
+    assert after.dtype == jnp.bfloat16
+    assert (before != after).mean() > 0.5
 
 
 def test_a_network_that_only_gets_worse_is_returned_as_it_was(pairs):

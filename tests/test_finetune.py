@@ -120,7 +120,7 @@ class Said(Progress):
 @pytest.fixture(scope="module")
 def trained():
     """A run that was never stopped."""
-    return accel.finetune(lively(), IMAGES, evaluation=IMAGES.first(100), seed=1, **SETTINGS)
+    return accel.finetune(lively(), IMAGES, evaluation=IMAGES.spread(100), seed=1, **SETTINGS)
 
 
 @pytest.mark.parametrize(
@@ -179,7 +179,7 @@ def test_a_network_of_which_a_part_came_from_a_file_is_compiled_for_once():
 
 
 def test_the_same_seed_gives_the_same_and_another_another(trained):
-    again = accel.finetune(lively(), IMAGES, evaluation=IMAGES.first(100), seed=1, **SETTINGS)
+    again = accel.finetune(lively(), IMAGES, evaluation=IMAGES.spread(100), seed=1, **SETTINGS)
     assert_same(again.model, trained.model)
     assert again.history == trained.history
     other = accel.finetune(lively(), IMAGES, seed=2, **SETTINGS)
@@ -193,7 +193,7 @@ def test_a_run_that_was_killed_goes_on_to_the_same_result(tmp_path, trained, ste
         return accel.finetune(
             lively(),
             IMAGES,
-            evaluation=IMAGES.first(100),
+            evaluation=IMAGES.spread(100),
             seed=1,
             resume=tmp_path,
             checkpoint_seconds=0.0,
@@ -229,7 +229,7 @@ def test_without_a_time_for_it_checkpoints_are_written_after_epochs(tmp_path, tr
     [
         ({"learning_rate": 1e-3}, "another run: learning_rate is 0.003 there, 0.001 here$"),
         ({"augmentation": None}, "augmentation is 'FlipAndShift.*shift=1.*' there, None here$"),
-        ({"images": IMAGES.first(200)}, "images.count is 256 there, 200 here; images.digest"),
+        ({"images": IMAGES.spread(200)}, "images.count is 256 there, 200 here; images.digest"),
         ({"model": dense()}, "type is 'Linear' there, 'VGG' here; .*head/bias is .*and .* more$"),
         ({"model": accel.reinitialized(Linear(), 1)}, "another run: network.weights is "),
     ],
@@ -350,7 +350,7 @@ def test_images_are_augmented_as_asked():
 
 def test_images_are_taken_by_number_from_any_source():
     numbers = np.array([5, 0, 5, 99])
-    for source in (IMAGES, IMAGES.first(100), OneByOne()):
+    for source in (IMAGES, OneByOne()):
         pixels, labels = source.take(numbers)
         np.testing.assert_array_equal(pixels, IMAGES.pixels[numbers])
         np.testing.assert_array_equal(labels, IMAGES.labels[numbers])

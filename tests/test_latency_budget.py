@@ -162,6 +162,14 @@ def test_times_are_kept_on_disk_and_damage_is_named(tmp_path):
     assert again.seconds([layer], (2, 8, 8, 4), np.float32, "relu")[0] < 42.0
     assert again.seconds([layer], shape, np.float32, "identity")[0] < 42.0
     assert again.seconds([layer], shape, jnp.bfloat16, "relu")[0] < 42.0
+    # What others measured meanwhile is not lost.
+    again.save()
+    assert cache.seconds([conv(4, 6)], shape, np.float32, "relu")[0] < 42.0
+    cache.save()
+    assert json.loads(cache.file.read_text())["seconds"].keys() == {
+        *again.content["seconds"],
+        *cache.content["seconds"],
+    }
     cache.file.write_text("[]")
     with pytest.raises(ValueError, match=r"times-.*json holds no times of layers"):
         TimeCache(tmp_path, None)

@@ -20,6 +20,7 @@ from accel.cli import main
 from accel.configuration import load_config
 from accel.data.settings import BundledImages, FolderImages, IdxImages
 from accel.experiment import BUNDLED
+from accel.files import locked
 from accel.models import ModelSpec
 from accel.network_reconstruction import solve_layer
 from accel.progress import Progress
@@ -263,7 +264,12 @@ def test_a_table_that_was_stopped_goes_on_to_the_same_result(two_epochs, tmp_pat
     make_table(dataclasses.replace(two_epochs, seeds=(0, 0)), stopped, "command", idle)
     assert idle.lines == []
     later = dataclasses.replace(two_epochs, stages=("finetune", "scratch"))
+    repairing = stopped / "unfinished" / "weight_svd_2x_seed0" / "repair"
+    repairing.mkdir(parents=True)
     make_table(later, stopped, "command", Progress())
+    # What another stage had come to is not asked for now, but may be later.
+    assert repairing.exists()
+    assert not repairing.with_name("scratch").exists()
     finetuned, scratch = raw_lines(stopped)[1:]
     assert scratch["stage"] == "scratch"
     assert [x["ranks"] for x in scratch["layers"]] == [x["ranks"] for x in finetuned["layers"]]
@@ -288,9 +294,13 @@ def test_solved_layers_of_a_network_that_was_not_finished_are_taken_over(
     solved.clear()
     with pytest.raises(KeyboardInterrupt):
         make_table(table, stopped, "command", StopsIn("2/"))
+    other = stopped / "unfinished" / "of another cell"
+    other.mkdir()
+    with locked(stopped), pytest.raises(FileExistsError, match="another process is writing to"):
+        make_table(table, stopped, "command", Progress())
     make_table(table, stopped, "command", Progress())
     assert solved == every
-    assert not (stopped / "unfinished").exists()
+    assert list((stopped / "unfinished").iterdir()) == [other]
     assert (stopped / "table.md").read_text() == (whole / "table.md").read_text()
 
 

@@ -64,7 +64,8 @@ class FolderImages:
         """
         if self.folder is None:
             raise ValueError(
-                "no folder of images given (--calibration.folder, --evaluation.folder)"
+                "no folder of images given (--calibration.folder, --evaluation.folder, … of all"
+                " images that the command takes, see its --help)"
             )
         return image_folder(
             self.folder,
@@ -103,9 +104,20 @@ class TfdsImages:
             ValueError: If the folder was not given or does not fit.
         """
         if self.data_dir is None:
-            raise ValueError("no folder of data sets given (--calibration.data-dir, …)")
+            raise ValueError(
+                "no folder of data sets given (--calibration.data-dir, --evaluation.data-dir, … of"
+                " all images that the command takes, see its --help)"
+            )
         # The package is an extra: only who uses it needs it.
-        from accel.data.tfds import tfds_images
+        try:
+            from accel.data.tfds import tfds_images
+        except ModuleNotFoundError as error:
+            if error.name != "tensorflow_datasets":
+                raise
+            raise ValueError(
+                f"data sets of TensorFlow Datasets ({self.name}) need the package"
+                " tensorflow-datasets: pip install tensorflow-datasets"
+            ) from error
 
         viewer = _viewer(self.windows, self.seed, self.image_size, self.shorter_side)
         return tfds_images(self.name, self.data_dir, self.split, self.preprocessing, viewer)
@@ -139,7 +151,10 @@ class IdxImages:
             ValueError: If the folder was not given, or its files or the range do not fit.
         """
         if self.folder is None:
-            raise ValueError("no folder of IDX files given")
+            raise ValueError(
+                "no folder of IDX files given (--calibration.folder, --images.folder, … of all"
+                " images that the command takes, see its --help)"
+            )
         prefix = "train" if self.split == "train" else "t10k"
         images = _plain_or_gzipped(self.folder / f"{prefix}-images-idx3-ubyte")
         labels = _plain_or_gzipped(self.folder / f"{prefix}-labels-idx1-ubyte")

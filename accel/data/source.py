@@ -17,6 +17,7 @@ import numpy as np
 from jaxtyping import Float32, Int32, Integer, Shaped
 
 from accel.data.preprocessing import preprocess
+from accel.images import spread
 
 ImageBatch = Float32[np.ndarray, "batch height width channels"]
 LabelBatch = Int32[np.ndarray, " batch"]
@@ -102,11 +103,13 @@ class PixelSource(abc.ABC):
         pixels, labels = self.read(0, len(self))
         return ArrayImages(pixels, self.preprocessing, labels, self.class_count, self.groups)
 
-    def first(self, count: int) -> PixelSource:
-        """The first ``count`` of the images, or all if there are fewer."""
-        count = min(count, len(self))
-        groups = None if self.groups is None else self.groups[:count]
-        return FirstImages(self, count, self.preprocessing, self.class_count, groups)
+    def spread(self, count: int) -> PixelSource:
+        """``count`` of the images, or all if there are fewer: folders are ordered by class."""
+        if count >= len(self):
+            return self
+        indices = spread(np.arange(len(self)), count)
+        groups = None if self.groups is None else self.groups[indices]
+        return ChosenImages(self, indices, self.preprocessing, self.class_count, groups)
 
     def _read_batches(self, batch_size: int) -> Iterator[tuple[np.ndarray, LabelBatch | None]]:
         if batch_size < 1:
@@ -175,11 +178,11 @@ class ArrayImages(PixelSource):
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class FirstImages(PixelSource):
-    """The first ``count`` images of a source, with its preprocessing, classes and groups."""
+class ChosenImages(PixelSource):
+    """The images of a source with these numbers, with its preprocessing, classes and groups."""
 
     source: PixelSource
-    count: int
+    indices: Integer[np.ndarray, " images"]
     preprocessing: str
     class_count: int | None
     groups: Integer[np.ndarray, " images"] | None
@@ -189,13 +192,13 @@ class FirstImages(PixelSource):
         return self.source.image_shape
 
     def __len__(self) -> int:
-        return self.count
+        return len(self.indices)
 
     def read(self, start: int, stop: int) -> tuple[np.ndarray, LabelBatch | None]:
-        return self.source.read(start, stop)
+        return self.source.take(self.indices[start:stop])
 
     def take(self, indices: Integer[np.ndarray, " batch"]) -> tuple[np.ndarray, LabelBatch | None]:
-        return self.source.take(indices)
+        return self.source.take(self.indices[indices])
 
 
 def check_labels(labels: Integer[np.ndarray, " images"], class_count: int | None) -> None:

@@ -98,9 +98,16 @@ def output_shape(
     """Shape of the outputs for a batch of images, found without computing them.
 
     Raises:
-        ValueError: If the outputs are not one array with a row per image.
+        ValueError: If the network cannot be called with such images, or its outputs are not one
+            array with a row per image.
     """
-    outputs = jax.eval_shape(forward, state, batch)
+    try:
+        outputs = jax.eval_shape(forward, state, batch)
+    except Exception as error:
+        raise ValueError(
+            f"{name} cannot be called with images of shape {batch.shape} and type {batch.dtype}:"
+            f" {error}"
+        ) from error
     if not hasattr(outputs, "shape") or outputs.shape[:1] != batch.shape[:1]:
         raise ValueError(
             f"{name}: expected one array of outputs with a row for each of {batch.shape[0]} images,"

@@ -153,7 +153,9 @@ def distill(
 ) -> Distilled:
     """Trains all parameters of ``accelerated`` to answer as ``original`` does.
 
-    Both networks run in evaluation mode: batch statistics stay as they are, nothing is dropped.
+    Both networks run in evaluation mode, in their own types: batch statistics stay as they are,
+    nothing is dropped. Parameters of less than float32 are trained in float32, and are rounded in
+    the network that is returned, and wherever it is run on the way.
     After every epoch the error is measured on images that are not used for fitting, and the best
     parameters are returned; they are those given where none are better.
 
@@ -262,7 +264,8 @@ class _Network:
     Attributes:
         program: The network, traced.
         output_shape: Shape of its outputs for a batch.
-        trained: Its floating-point ``nnx.Param``, in the order of the program's parameters.
+        trained: Its floating-point ``nnx.Param``, in the order of the program's parameters; in
+            float32 at least, since in less most steps would be rounded away.
     """
 
     def __init__(self, model: nnx.Module, images: jax.ShapeDtypeStruct):
@@ -288,13 +291,13 @@ class _Network:
         self.constants = len(self.program.parameters) - self.structure.num_leaves
         flags = jax.tree.leaves(trainable)
         self.places = [self.constants + i for i, flag in enumerate(flags) if flag]
-        self.trained = [self.program.parameters[place] for place in self.places]
+        self.trained = [_at_least_float32(self.program.parameters[place]) for place in self.places]
 
     def all_parameters(self, trained: Parameters, given: Sequence[jax.Array]) -> list[jax.Array]:
         """The program's parameters ``given``, but with these values of those that are trained."""
         values = list(given)
         for place, value in zip(self.places, trained, strict=True):
-            values[place] = value
+            values[place] = value.astype(values[place].dtype)
         return values
 
     @property
@@ -337,8 +340,8 @@ class _Task:
 
         def squares(trained, given, taught, images):
             """‖f - f_θ‖² and ‖f‖² of everything compared, ``[2, compared, batch]``."""
-            targets = teach(taught, images)
-            answers = learn(student.all_parameters(trained, given), images)
+            targets = map(_at_least_float32, teach(taught, images))
+            answers = map(_at_least_float32, learn(student.all_parameters(trained, given), images))
             rows = [
                 (_row_squares(target - answer), _row_squares(target))
                 for target, answer in zip(targets, answers, strict=True)
@@ -402,6 +405,10 @@ class _State(NamedTuple):
     optimizer: Any
     best: Parameters
     history: tuple[Epoch, ...]
+
+
+def _at_least_float32(values: jax.Array) -> jax.Array:
+    return values.astype(jnp.promote_types(values.dtype, jnp.float32))
 
 
 def _row_squares(values: jax.Array) -> jax.Array:

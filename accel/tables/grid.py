@@ -8,7 +8,8 @@ The folder holds
 - ``table.md``: the table, generated from the lines.
 
 A cell is recorded as soon as it is measured. When the same table is called again with the same
-folder it goes on with the cells that are missing, with more speedups, seeds, … if wanted. After the
+folder it goes on with the cells that are missing, with more speedups, seeds, … if wanted. A cell
+that was stopped on the way counts as measured by the version that finished it. After the
 cells, all lines of whole networks are given the times that they lack (``accel.tables.times``).
 """
 
@@ -17,11 +18,10 @@ from __future__ import annotations
 import abc
 import dataclasses
 import json
-import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Annotated, Any, ClassVar, NamedTuple, TypeVar
@@ -34,7 +34,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from accel.calibration import Calibration
 from accel.data import PixelSource
 from accel.experiment import Experiment
-from accel.files import write_whole
+from accel.files import locked, write_whole
 from accel.finetuning_experiment import Finetuning
 from accel.progress import Progress
 from accel.report.environment import device_name, versions
@@ -190,55 +190,66 @@ def make_table(table: Table, out: Path, command: str, progress: Progress) -> str
         The table, as in ``table.md``.
 
     Raises:
-        FileExistsError: If ``out`` holds something else; it is left alone.
+        FileExistsError: If ``out`` holds something else, or another process is writing to it; it
+            is left alone.
         ValueError: If what is asked for does not fit.
     """
-    record = folder_record(table, out)
-    lines = read_lines(out)
-    done = {tuple(line[name] for name in table.KEY) for line in lines}
-    cells = list(dict.fromkeys(table.cells()))
-    wanted = [cell for cell in cells if cell not in done]
-    if not cells:
-        raise ValueError(f"nothing is asked for: one of {', '.join(table.AXES)} is empty")
-    batch_sizes = table.experiment.latency_batches if table.TIMED else ()
-    if wanted or lacking_times(lines, batch_sizes):
-        original = table.experiment.load_model()
-        images = table.experiment.limited(table.experiment.calibration)
-        table.check(original, images)
-        if wanted:
-            _check_contents(table, original, images, record, out)
-        out.mkdir(parents=True, exist_ok=True)
-        write_whole(out / "experiment.json", json.dumps(record, indent=2) + "\n")
-        environment = _record_environment(out / "environment.json", command)
-        progress.say(
-            f"{len(cells) - len(wanted)} of {len(cells)} cells are there; writing to {out};"
-            f" if stopped, it goes on when called again with --out {out}"
-        )
-        with _shared_compilations():
+    with ExitStack() as locks:
+        existed = out.exists()
+        if existed:
+            locks.enter_context(locked(out))
+        record = folder_record(table, out)
+        lines = read_lines(out)
+        done = {tuple(line[name] for name in table.KEY) for line in lines}
+        cells = list(dict.fromkeys(table.cells()))
+        wanted = [cell for cell in cells if cell not in done]
+        if not cells:
+            raise ValueError(f"nothing is asked for: one of {', '.join(table.AXES)} is empty")
+        batch_sizes = table.experiment.latency_batches if table.TIMED else ()
+        if wanted or lacking_times(lines, batch_sizes):
+            original = table.experiment.load_model()
+            images = table.experiment.limited(table.experiment.calibration)
+            table.check(original, images)
             if wanted:
-                unfinished = out / "unfinished"
-                began = time.monotonic()
-                measured = table.measure(original, images, wanted, unfinished, progress)
-                for finished, line in enumerate(measured, 1):
-                    lines.append({**line, "environment": environment})
-                    _write_lines(table, lines, out)
-                    cell = ", ".join(str(line[name]) for name in table.KEY)
-                    left = len(wanted) - finished
-                    minutes = (time.monotonic() - began) / finished * left / 60
-                    progress.say(f"measured: {cell}; {left} cells left, about {minutes:.0f} min")
-                shutil.rmtree(unfinished, ignore_errors=True)
-        for _ in add_times(
-            lines,
-            original,
-            images.image_shape,
-            batch_sizes=batch_sizes,
-            seconds=table.experiment.latency_seconds,
-            dtype=table.experiment.inference_dtype,
-            environment=environment,
-            progress=progress,
-        ):
-            _write_lines(table, lines, out)
-    return _write_table(table, lines, out)
+                _check_contents(table, original, images, record, out)
+            # Where another process made it meanwhile, this one would write over its lines.
+            out.mkdir(parents=True, exist_ok=existed)
+            if not existed:
+                locks.enter_context(locked(out))
+            write_whole(out / "experiment.json", json.dumps(record, indent=2) + "\n")
+            environment = _record_environment(out / "environment.json", command)
+            progress.say(
+                f"{len(cells) - len(wanted)} of {len(cells)} cells are there; writing to {out};"
+                f" if stopped, it goes on when called again with --out {out}"
+            )
+            with _shared_compilations():
+                if wanted:
+                    unfinished = out / "unfinished"
+                    began = time.monotonic()
+                    measured = table.measure(original, images, wanted, unfinished, progress)
+                    for finished, line in enumerate(measured, 1):
+                        lines.append({**line, "environment": environment})
+                        _write_lines(table, lines, out)
+                        cell = ", ".join(str(line[name]) for name in table.KEY)
+                        left = len(wanted) - finished
+                        minutes = (time.monotonic() - began) / finished * left / 60
+                        progress.say(
+                            f"measured: {cell}; {left} cells left, about {minutes:.0f} min"
+                        )
+                    if unfinished.exists() and not any(unfinished.iterdir()):
+                        unfinished.rmdir()
+            for _ in add_times(
+                lines,
+                original,
+                images.image_shape,
+                batch_sizes=batch_sizes,
+                seconds=table.experiment.latency_seconds,
+                dtype=table.experiment.inference_dtype,
+                environment=environment,
+                progress=progress,
+            ):
+                _write_lines(table, lines, out)
+        return _write_table(table, lines, out)
 
 
 def folder_record(table: Table, out: Path) -> dict[str, Any]:

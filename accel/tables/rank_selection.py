@@ -68,7 +68,7 @@ class RankSelection(Table):
         check_names("ranks", self.ranks, RANKS)
         for speedup in self.speedups:
             check_speedup("speedup", speedup)
-        self.experiment.limited(self.experiment.evaluation)
+        self.experiment.check(original)
 
     def measure(
         self,

@@ -30,13 +30,12 @@ from typing import ClassVar, final
 import jax
 from flax import nnx
 
-from accel.benchmark import REPEATS, check_measurement
 from accel.calibration import ALL_KINDS, Calibration
 from accel.checkpoint import load_model, save_model
 from accel.data import PixelSource
 from accel.error_curves import ErrorCurve
 from accel.evaluation.accuracy import output_classes
-from accel.evaluation.forward import forward_function, in_dtype, output_shape
+from accel.evaluation.forward import forward_function, output_shape
 from accel.experiment import Reference
 from accel.files import write_whole
 from accel.finetuning_experiment import Finetuning
@@ -136,13 +135,9 @@ class WholeNetwork(Table):
     def check(self, original: nnx.Module, images: PixelSource) -> None:
         check_names("method", self.methods, METHODS)
         check_names("stage", self.stages, STAGES)
-        if self.experiment.inference_dtype is not None:
-            in_dtype(original, self.experiment.inference_dtype)
         for speedup in self.speedups:
             check_speedup("speedup", speedup)
-        if batch_sizes := self.experiment.latency_batches:
-            check_measurement("latency", batch_sizes, REPEATS, self.experiment.latency_seconds)
-        self.experiment.limited(self.experiment.evaluation)
+        self.experiment.check(original)
         if not set(self.stages).intersection(TRAINED):
             return
         self.training.check()
@@ -190,7 +185,9 @@ class WholeNetwork(Table):
                     folder,
                     progress,
                 )
-                shutil.rmtree(folder, ignore_errors=True)
+                # Stages that were not asked for this time may have been stopped on the way.
+                if not any((folder / stage).exists() for stage in STAGES):
+                    shutil.rmtree(folder, ignore_errors=True)
 
     def _measure_one(
         self,

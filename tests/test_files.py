@@ -1,0 +1,68 @@
+"""Folders of unfinished runs: told apart, shared by no two processes."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+
+import pytest
+
+from accel.experiment import AFTER_SOLVING, Experiment
+from accel.files import locked, unfinished_folder
+
+HOLD = """
+import sys
+from pathlib import Path
+from accel.files import locked
+with locked(Path(sys.argv[1])):
+    print("locked", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_folder_that_another_process_holds_is_refused_until_that_is_killed(tmp_path):
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(tmp_path)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "locked\n"
+        with (
+            pytest.raises(FileExistsError, match="another process is writing to"),
+            locked(tmp_path),
+        ):
+            pass
+        other.kill()
+        other.wait()
+    with locked(tmp_path):
+        pass
+
+
+def test_an_unfinished_run_is_taken_over_if_it_differs_in_what_is_free(tmp_path):
+    out = tmp_path / "sub" / "out"
+    record = {"speedup": 2.0, "metrics": ["outputs"]}
+    with unfinished_folder(json.dumps(record), out, free=("metrics",)) as folder:
+        (folder / "layers").mkdir()
+    other = {**record, "metrics": ["accuracy"], "speedup": 3.0}
+    with (
+        pytest.raises(FileExistsError, match="unfinished run of another experiment"),
+        unfinished_folder(json.dumps(other), out, free=("metrics",)),
+    ):
+        pass
+    assert json.loads((folder / "experiment.json").read_text()) == record
+    changed = {**record, "metrics": ["accuracy"]}
+    with unfinished_folder(json.dumps(changed), out, free=("metrics",)) as again:
+        assert again == folder
+        assert (again / "layers").is_dir()
+        assert json.loads((folder / "experiment.json").read_text()) == changed
+        with (
+            pytest.raises(FileExistsError, match="another process"),
+            unfinished_folder(json.dumps(changed), out, free=("metrics",)),
+        ):
+            pass
+
+
+def test_what_may_change_after_solving_are_fields_of_an_experiment():
+    assert set(AFTER_SOLVING) <= {field.name for field in dataclasses.fields(Experiment)}
