@@ -28,7 +28,8 @@ def find_foldable(model: nnx.Module, images: Any) -> dict[str, str]:
     """Paths of the batch normalisations that can be folded, each with its convolution's path.
 
     These are the ``nnx.BatchNorm`` that use their running statistics, normalise the last axis and
-    are given the output of an ``nnx.Conv`` that goes nowhere else, each of them called once.
+    are given the output of an ``nnx.Conv`` that goes nowhere else and return it in the type that it
+    had, each of them called once.
 
     Args:
         model: The network, called as ``model(images)`` in evaluation mode; it is not changed.
@@ -50,8 +51,10 @@ def find_foldable(model: nnx.Module, images: Any) -> dict[str, str]:
             eqn.primitive.name.startswith("reduce")
             for eqn in program.jaxpr.eqns[norm.start : norm.stop]
         )
+        # What is behind a normalisation in float32 would be given the convolution's own type.
+        types = {specification(v).dtype for v in (conv.output, norm.output)}
         last_axis = layer.axis in (-1, len(specification(conv.output).shape) - 1)
-        if uses == 1 and last_axis and not own_statistics:
+        if uses == 1 and last_axis and len(types) == 1 and not own_statistics:
             pairs[norm.path] = conv.path
     return pairs
 

@@ -342,7 +342,7 @@ def _timed(
     """Seconds of the layer of a call, or of chains in its place, computed in a type."""
     given = specification(call.input)
     # What a layer is given has the images' axis in front, or the network could not be cut.
-    shape = (batch_size, *given.shape[1:])
+    shape = (batch_size * call.rows_per_image, *given.shape[1:])
     if dtype is None:
         return known.seconds(layers, shape, given.dtype, call.activation)
     cast = [in_dtype(layer, dtype) for layer in layers]

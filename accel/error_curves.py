@@ -32,6 +32,7 @@ import numpy as np
 from jaxtyping import Array, Float, Float64
 
 from accel.decompositions import Decomposition, Structure
+from accel.decompositions.base import kernel_size
 from accel.decompositions.split import Cutter
 from accel.images import ArraySource, spread
 from accel.interpreter import specification
@@ -105,13 +106,22 @@ class ErrorCurve:
 
 
 def spatial_sizes(call: LayerCall) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Spatial size of what a convolution is given and of what it returns."""
-    return specification(call.input).shape[1:-1], specification(call.output).shape[1:-1]
+    """Spatial size of what a convolution is given and of what it returns.
+
+    Of a dense layer, what is between the batch and the features.
+    """
+    axes = len(kernel_size(call.layer))
+    first = -1 - axes if axes else 1
+    return specification(call.input).shape[first:-1], specification(call.output).shape[first:-1]
 
 
 def macs_of(call: LayerCall, decomposition: Decomposition, ranks: Sequence[int]) -> int:
     """MACs per image of a layer's chain."""
-    return decomposition.macs(call.layer, ranks, *spatial_sizes(call))
+    axes = len(kernel_size(call.layer))
+    # Axes between the batch and the spatial ones: the layer is applied to each of them.
+    others = specification(call.output).shape[1 : -1 - axes] if axes else ()
+    times = call.rows_per_image * math.prod(others)
+    return times * decomposition.macs(call.layer, ranks, *spatial_sizes(call))
 
 
 def rank_macs(call: LayerCall, decomposition: Decomposition) -> np.ndarray:

@@ -87,7 +87,7 @@ def reconstruct(
     run, original = (
         AcceleratedRun(
             calibration.program,
-            calls,
+            calls or calibration.calls,  # A plan that replaces nothing walks nowhere.
             calibration.source,
             calibration.batch_size,
             cache_bytes,
@@ -206,7 +206,10 @@ def solve_layer(problem: LayerProblem, reconstruction: str, path: str) -> Split:
 def held_out_error(
     calibration: Calibration, call: LayerCall, layer: LayerPlan, patches: np.ndarray, split: Split
 ) -> float:
-    """``Σ‖r(y) - r(y')‖²/Σ‖r(y)‖²`` on the images that are not used for fitting."""
+    """``Σ‖r(y) - r(y')‖²/Σ‖r(y)‖²`` on the images that are not used for fitting.
+
+    Where all r(y) are zero there, 0 if all r(y') are, too, and otherwise 1.
+    """
     held_out = ~calibration.fitting
     structure = DECOMPOSITIONS[str(layer.decomposition)].structure(call.layer)
     given, wanted = (
@@ -217,7 +220,8 @@ def held_out_error(
         )
     )
     energy = float(np.sum(wanted**2, dtype=np.float64))
-    return float(np.sum((given - wanted) ** 2, dtype=np.float64)) / energy if energy > 0 else 0.0
+    error = float(np.sum((given - wanted) ** 2, dtype=np.float64))
+    return error / energy if energy > 0 else float(error > 0)
 
 
 def _check_plan(calibration: Calibration, plan: AccelerationPlan) -> None:

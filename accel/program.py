@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from typing import Any
 
@@ -46,6 +46,8 @@ class LayerCall:
         layer: The layer itself (of the traced copy, with the original's weights).
         input: What the layer is given.
         output: What the layer returns.
+        rows_per_image: Size of the input's first axis for each image: above 1 where the network
+            merges other axes, such as time, into the batch.
         start: Index of the first equation of the call.
         stop: Index after the last equation of the call.
         activation: Its name, where the output goes through one of ``ACTIVATIONS`` and nowhere else,
@@ -57,6 +59,7 @@ class LayerCall:
     layer: Any
     input: jex.Var
     output: jex.Var
+    rows_per_image: int
     start: int
     stop: int
     activation: Activation
@@ -188,6 +191,11 @@ def trace(model: nnx.Module, images: Any, kinds: tuple[type, ...] = (nnx.Conv,))
         object.__setattr__(layer, "__class__", _tapped(type(layer)))
     graphdef, state = nnx.split(tapped)
     values, structure = jax.tree.flatten(state)
+    numbered = nnx.to_flat_state(jax.tree.unflatten(structure, range(len(values))))
+    places = {
+        path_name(parts): leaf.get_value() if isinstance(leaf, nnx.Variable) else leaf
+        for parts, leaf in numbered
+    }
     specified = jax.ShapeDtypeStruct(images.shape, images.dtype)
 
     def run(*arguments):
@@ -209,7 +217,8 @@ def trace(model: nnx.Module, images: Any, kinds: tuple[type, ...] = (nnx.Conv,))
         constvars=[],
         invars=[*flat.jaxpr.constvars, *flat.jaxpr.invars],
     )
-    calls, left_out = _find_calls(jaxpr, layers)
+    own = {path: jaxpr.invars[len(flat.consts) + place] for path, place in places.items()}
+    calls, left_out = _find_calls(jaxpr, layers, own)
     return Program(jaxpr, (*flat.consts, *values), calls, left_out, network_options(tapped))
 
 
@@ -235,8 +244,10 @@ def _is_mark(equation: jex.JaxprEqn) -> bool:
 
 
 def _find_calls(
-    jaxpr: jex.Jaxpr, layers: dict[Path, nnx.Module]
+    jaxpr: jex.Jaxpr, layers: dict[Path, nnx.Module], parameters: Mapping[Path, jex.Var]
 ) -> tuple[tuple[LayerCall, ...], dict[Path, str]]:
+    """The calls of layers, and the layers left out; ``parameters`` are the model's, by path."""
+    images = specification(jaxpr.invars[-1]).shape[0]
     positions: dict[str, list[int]] = {}
     hidden: Counter[str] = Counter()
     for index, equation in enumerate(jaxpr.eqns):
@@ -260,16 +271,75 @@ def _find_calls(
             (start,), (stop,) = starts, stops
             (given,) = variables_of(jaxpr.eqns[start].invars)
             output = jaxpr.eqns[stop].outvars[0]
-            expected = jax.eval_shape(layer, specification(given))
-            if expected.shape != specification(output).shape:
-                left_out[path] = "called under vmap with the batch axis not in front"
+            reason = (
+                _shape_fault(layer, given, output, images)
+                or _kernel_fault(jaxpr, layer, start, stop, parameters.get(f"{path}/kernel"))
+                or _bias_fault(jaxpr, start, stop, parameters.get(f"{path}/bias"))
+            )
+            if reason is not None:
+                left_out[path] = reason
                 continue
             activation, activated = _activation(jaxpr, output, stop + 1)
+            rows = specification(given).shape[0] // images
             calls.append(
-                LayerCall(path, layer, given, output, start, stop + 1, activation, activated)
+                LayerCall(path, layer, given, output, rows, start, stop + 1, activation, activated)
             )
     calls.sort(key=lambda call: call.start)
     return tuple(calls), left_out
+
+
+def _shape_fault(layer: Any, given: jex.Var, output: jex.Var, images: int) -> str | None:
+    """Why the call is not one of the layer as it is, for each image by itself."""
+    try:
+        expected = jax.eval_shape(layer, specification(given))
+    except Exception:
+        return "called under vmap with weights of its own for each"
+    if expected.shape != specification(output).shape:
+        return "called under vmap with the batch axis not in front"
+    rows = specification(given).shape[0]
+    if isinstance(layer, nnx.Conv) and rows % images:
+        return f"its input has {rows} rows for a batch of {images} images"
+    return None
+
+
+def _kernel_fault(
+    jaxpr: jex.Jaxpr, layer: Any, start: int, stop: int, kernel: jex.Var | None
+) -> str | None:
+    """Why other factors cannot stand in for the kernel that the layer holds.
+
+    The convolution may take it in another type, but not, say, normalised; and nothing else may take
+    it, which would miss it in the module that replaces the layer.
+    """
+    if not isinstance(layer, nnx.Conv | nnx.Linear):
+        return None
+    # Masked kernels are told of as such; what other products than the plain one compute, likewise.
+    if getattr(layer, "mask", None) is not None:
+        return None
+    if isinstance(layer, nnx.Linear) and layer.dot_general is not jax.lax.dot_general:
+        return None
+    if kernel is None:
+        return "its kernel is shared with another layer"
+    primitive = "conv_general_dilated" if isinstance(layer, nnx.Conv) else "dot_general"
+    products = [e for e in jaxpr.eqns[start:stop] if e.primitive.name == primitive]
+    if len(products) != 1:
+        return f"it computes {len(products)} products, not one"
+    same, (used,) = {kernel}, list(variables_of(products[0].invars[1:2]))
+    casts = []
+    for equation in jaxpr.eqns[:stop]:
+        given = variables_of(equation.invars)
+        if equation.primitive.name == "convert_element_type" and not same.isdisjoint(given):
+            same.update(equation.outvars)
+            casts.append(equation)
+    if used not in same:
+        return "its kernel is computed from the one that it holds"
+    inside = [*jaxpr.eqns[start:stop], *casts]
+    return "its kernel is used elsewhere, too" if _leave(jaxpr, inside, same) else None
+
+
+def _bias_fault(jaxpr: jex.Jaxpr, start: int, stop: int, bias: jex.Var | None) -> str | None:
+    if bias is None or not _leave(jaxpr, jaxpr.eqns[start:stop], {bias}):
+        return None
+    return "its bias is used elsewhere, too"
 
 
 def _activation(jaxpr: jex.Jaxpr, output: jex.Var, stop: int) -> tuple[Activation, jex.Var]:

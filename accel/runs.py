@@ -331,13 +331,14 @@ def _convolution_sampler(
     prepare, parameters = program.segment([call.input], [operand])
     strides: tuple[int, ...] = equation.params["window_strides"]
     dilation: tuple[int, ...] = equation.params["rhs_dilation"]
-    padding: tuple[tuple[int, int], ...] = equation.params["padding"]
+    edges = [(low, high, 0) for low, high in equation.params["padding"]]
     taps = specification(kernel).shape[:-2]
 
     @partial(jax.jit, compiler_options=program.options)
     def sample(parameters, inputs, positions):
         (x,) = prepare(parameters, [inputs])
-        x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
+        # Negative padding cuts off.
+        x = jax.lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *edges, (0, 0, 0)])
         map_shape = specification(equation.outvars[0]).shape[1:-1]
         per_image = outputs_per_image(call, batch_size)
         flat = positions + jnp.arange(batch_size)[:, None] * per_image

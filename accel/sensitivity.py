@@ -138,12 +138,24 @@ def sensitivity_matrices(
                 )
         progress.advance(int(mask.sum()))
     for call in calls:
-        if not sums[call.activated].any() and program.reaches_outputs(call.output):
+        if not sums[call.activated].any() and _felt(program, call, batches[0]):
             raise ValueError(
                 f"{call.path}: no gradient of the outputs reaches it, though they hang on it"
                 f" ({WAY_OUT})"
             )
     return {call.path: Sensitivity(sums[call.output], sums[call.activated]) for call in calls}
+
+
+def _felt(program: Program, call: LayerCall, batch: np.ndarray) -> bool:
+    """Whether the outputs for some images change with what a layer returns.
+
+    They need not, although they are computed from it: a branch may be multiplied by zero.
+    """
+    if not program.reaches_outputs(call.output):
+        return False
+    run = program.with_added([call.output])
+    before, after = (run(program.parameters, batch, [added]) for added in (0.0, 1.0))
+    return not all(map(np.array_equal, before, after))
 
 
 def images_needed(calls: Sequence[LayerCall], batch_size: int) -> int:

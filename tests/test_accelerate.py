@@ -328,3 +328,61 @@ def test_the_joint_fit_refuses_what_it_would_not_take_over(calibrations):
         reconstruct(calibration, plan, solver="pca")
     with pytest.raises(ValueError, match=r"ridge=0.1.* settings that reconstruction='joint' does"):
         reconstruct(calibration, plan, solver=SOLVERS["alternating"](ridge=0.1))
+
+
+class Crops(nnx.Module):
+    """Convolves the quarters of each image, with an axis of their own or as a larger batch.
+
+    A part of the second layer's input is cut off, besides: its padding is negative.
+    """
+
+    def __init__(self, rngs: nnx.Rngs, merged: bool):
+        self.merged = merged
+        self.first = nnx.Conv(3, 12, (3, 3), rngs=rngs)
+        self.second = nnx.Conv(12, 16, (3, 3), strides=2, padding=((-1, -1), (0, 0)), rngs=rngs)
+
+    def __call__(self, x):
+        size = x.shape[1] // 2
+        quarters = x.reshape(-1, 2, size, 2, size, 3).transpose(0, 1, 3, 2, 4, 5)
+        shape = (-1, size, size, 3) if self.merged else (-1, 4, size, size, 3)
+        y = nnx.relu(self.second(nnx.relu(self.first(quarters.reshape(shape)))))
+        return y.reshape(x.shape[0], 4, -1, 16).mean((1, 2))
+
+
+@pytest.mark.parametrize("merged", [True, False])
+@pytest.mark.parametrize("kind", ["channel", "spatial", "tucker2"])
+def test_what_is_convolved_several_times_an_image_counts_as_often(kind, merged):
+    model = Crops(nnx.Rngs(0), merged)
+    result = accel.accelerate(
+        model,
+        IMAGES,
+        1.5,
+        decompositions=kind,
+        reconstruction="responses",
+        rank_selection="exact_energy",
+    )
+    macs = result.report.macs
+    assert 1.5 <= macs["speedup"] < 1.7
+    assert macs["original"] == 4 * (49 * 27 * 12 + 6 * 108 * 16)
+
+
+@pytest.mark.parametrize("merged", [True, False])
+def test_at_full_rank_what_is_convolved_several_times_an_image_is_as_it_was(merged):
+    model = Crops(nnx.Rngs(0), merged)
+    calibration = calibrate(model, IMAGES, decompositions="channel")
+    plan = AccelerationPlan(
+        (LayerPlan("first", "channel", (12,)), LayerPlan("second", "channel", (16,)))
+    )
+    result = reconstruct(calibration, plan, reconstruction="responses")
+    assert all(layer.response_error < 1e-6 for layer in result.report.layers)
+    np.testing.assert_allclose(result.model(IMAGES), model(IMAGES), rtol=1e-3, atol=1e-3)
+
+
+def test_a_plan_that_replaces_nothing_gives_the_network_as_it_is(calibrations):
+    calibration = calibrations["residual"]
+    plan = AccelerationPlan(
+        tuple(LayerPlan(call.path, None, ()) for call in calibration.calls), calibration.folded
+    )
+    result = reconstruct(calibration, plan, reconstruction="weights")
+    assert result.report.macs["speedup"] == 1.0
+    np.testing.assert_array_equal(result.model(IMAGES[:2]), calibration.model(IMAGES[:2]))

@@ -78,3 +78,55 @@ def test_norms_without_scale_or_bias_and_grouped_convolutions(use_scale, use_bia
 def test_unknown_paths_are_refused():
     with pytest.raises(ValueError, match="'nothing' is no layer of Residual"):
         fold_batch_norm(networks.network("residual"), {"nothing": "stem"})
+
+
+def standardised(inputs, kernel, *arguments, **options):
+    """A convolution with its kernel standardised: what the layer holds is not what it uses."""
+    centred = kernel - kernel.mean((0, 1, 2))
+    return jax.lax.conv_general_dilated(inputs, centred, *arguments, **options)
+
+
+def statistics_drawn(norm):
+    """Statistics other than 0 and 1, so that it matters whether they are folded."""
+    count = norm.mean.shape[-1]
+    norm.mean[...] = jnp.linspace(-1, 1, count)
+    norm.var[...] = jnp.linspace(1, 8, count)
+    return norm
+
+
+class Normalised(nnx.Module):
+    """A convolution, whatever becomes of its kernel, and a batch norm."""
+
+    def __init__(self, conv, **options):
+        self.conv = conv
+        self.norm = statistics_drawn(nnx.BatchNorm(6, rngs=nnx.Rngs(1), **options))
+
+    def __call__(self, x):
+        return nnx.relu(self.norm(self.conv(x)))
+
+
+def conv(**options):
+    return nnx.Conv(3, 6, (3, 3), rngs=nnx.Rngs(0), **options)
+
+
+@pytest.mark.parametrize(
+    ("layer", "folded"),
+    [
+        (lambda: conv(), True),
+        (lambda: conv(mask=jnp.ones((3, 3, 3, 6)).at[0].set(0.0)), True),
+        (lambda: nnx.WeightNorm(conv(), rngs=nnx.Rngs(0)), False),
+        (lambda: nnx.SpectralNorm(conv(), rngs=nnx.Rngs(0)), False),
+        (lambda: conv(conv_general_dilated=standardised), False),
+        # The norm returns float32, which what is behind it may count on.
+        (lambda: conv(dtype=jnp.bfloat16), False),
+    ],
+    ids=["plain", "masked", "weight norm", "spectral norm", "standardised", "mixed types"],
+)
+def test_folding_changes_nothing_whatever_becomes_of_the_kernel(layer, folded):
+    model, images = Normalised(layer()), networks.images(2)
+    model.eval()
+    pairs = find_foldable(model, images)
+    assert bool(pairs) == folded
+    expected, found = model(images), fold_batch_norm(model, pairs)(images)
+    assert found.dtype == expected.dtype
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)

@@ -129,3 +129,45 @@ def test_the_model_is_not_changed_by_tracing():
 def test_images_that_do_not_fit_the_network_are_refused():
     with pytest.raises(ValueError, match=r"cannot be called with images of shape \(2, 8, 8, 5"):
         trace(networks.network("chain"), jax.ShapeDtypeStruct((2, 8, 8, 5), jnp.float32))
+
+
+def standardised(inputs, kernel, *arguments, **options):
+    centred = kernel - kernel.mean((0, 1, 2))
+    return jax.lax.conv_general_dilated(inputs, centred, *arguments, **options)
+
+
+class Odd(nnx.Module):
+    """Convolutions whose kernel is not theirs alone to use, beside one in another type."""
+
+    def __init__(self, rngs):
+        self.plain = nnx.Conv(3, 4, (3, 3), dtype=jnp.bfloat16, rngs=rngs)
+        self.normed = nnx.WeightNorm(nnx.Conv(4, 4, (3, 3), rngs=rngs), rngs=rngs)
+        self.own = nnx.Conv(4, 4, (3, 3), conv_general_dilated=standardised, rngs=rngs)
+        self.tied = nnx.Conv(4, 4, (3, 3), rngs=rngs)
+        self.penalised = nnx.Conv(4, 4, (3, 3), rngs=rngs)
+        self.dense = nnx.Linear(4, 4, rngs=rngs)
+        self.stacked = nnx.vmap(lambda key: nnx.Conv(4, 4, (3, 3), rngs=nnx.Rngs(key)))(
+            jax.random.split(jax.random.key(0), 2)
+        )
+        self.query = nnx.Conv(4, 4, (3, 3), rngs=rngs)
+        self.learned = nnx.Param(jnp.ones((1, 7, 7, 4)))
+
+    def __call__(self, x):
+        x = self.own(self.normed(self.plain(x)))
+        x = self.penalised(self.tied(x) * self.tied.kernel[...].mean())
+        x = self.dense(x) + self.penalised.bias[...] + self.query(self.learned[...]).mean()
+        ensemble = nnx.vmap(lambda conv, x: conv(x), in_axes=(0, None))
+        return ensemble(self.stacked, x).mean(0)
+
+
+def test_layers_whose_weights_are_not_what_they_compute_with_are_left_out_with_the_reason():
+    program = trace(Odd(nnx.Rngs(0)), networks.images(2), (nnx.Conv, nnx.Linear))
+    assert [call.path for call in program.calls] == ["plain", "dense"]
+    assert program.left_out == {
+        "normed/layer_instance": "its kernel is computed from the one that it holds",
+        "own": "its kernel is computed from the one that it holds",
+        "tied": "its kernel is used elsewhere, too",
+        "penalised": "its bias is used elsewhere, too",
+        "stacked": "called under vmap with weights of its own for each",
+        "query": "its input has 1 rows for a batch of 2 images",
+    }

@@ -197,3 +197,22 @@ def test_the_paper_needs_no_gradients():
         rank_selection="exact_energy",
     )
     assert result.report.macs["speedup"] >= 1.2
+
+
+class Silenced(nnx.Module):
+    """A branch that is multiplied by zero, as residual branches are when training begins."""
+
+    def __init__(self, rngs: nnx.Rngs):
+        self.conv = nnx.Conv(3, 4, (3, 3), rngs=rngs)
+        self.branch = nnx.Conv(4, 4, (3, 3), rngs=rngs)
+        self.gate = nnx.Param(jnp.zeros(4))
+
+    def __call__(self, x):
+        x = self.conv(x)
+        return x + self.gate[...] * self.branch(x)
+
+
+def test_a_branch_that_is_multiplied_by_zero_is_not_felt():
+    _, found = measured(Silenced(nnx.Rngs(0)), IMAGES[:BATCH])
+    assert not found["branch"].responses.any()
+    assert found["conv"].responses.any()

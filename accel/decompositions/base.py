@@ -99,6 +99,8 @@ class Decomposition(abc.ABC):
         if self.dense:
             # What another product than the plain one computes is unknown (it may quantize, say).
             return None if conv.dot_general is jax.lax.dot_general else "a product of its own"
+        if conv.conv_general_dilated is not jax.lax.conv_general_dilated:
+            return "a convolution of its own"
         if conv.feature_group_count != 1:
             return f"grouped convolution ({conv.feature_group_count} groups)"
         if conv.mask is not None:
