@@ -160,8 +160,9 @@ class Experiment:
         if self.latency_batches:
             check_measurement("latency", self.latency_batches, REPEATS, self.latency_seconds)
         evaluation = self.limited(self.evaluation)
-        batch = jax.ShapeDtypeStruct((1, *evaluation.image_shape), "float32")
-        output_shape(*forward_function(original), batch, "original network")
+        if self.metrics:
+            batch = jax.ShapeDtypeStruct((1, *evaluation.image_shape), "float32")
+            output_shape(*forward_function(original), batch, "original network")
 
     def load_model(self) -> nnx.Module:
         """The original network.
