@@ -76,5 +76,12 @@ def unfinished_folder(record: str, out: Path, *, free: Collection[str] = ()) -> 
         yield partial
 
 
-def _without(record: str, keys: Collection[str]) -> dict[str, object]:
-    return {key: value for key, value in json.loads(record).items() if key not in keys}
+def _without(record: str, keys: Collection[str]) -> dict[str, object] | None:
+    """The record without these keys; None where it is no record."""
+    try:
+        found = json.loads(record)
+    except ValueError:
+        return None
+    if not isinstance(found, dict):
+        return None
+    return {key: value for key, value in found.items() if key not in keys}

@@ -64,5 +64,17 @@ def test_an_unfinished_run_is_taken_over_if_it_differs_in_what_is_free(tmp_path)
             pass
 
 
+@pytest.mark.parametrize("damaged", ["", "[]", "{"])
+def test_a_folder_whose_record_is_damaged_is_not_taken_over(damaged, tmp_path):
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / "experiment.json").write_text(damaged)
+    with (
+        pytest.raises(FileExistsError, match="unfinished run of another experiment"),
+        unfinished_folder("{}", tmp_path / "out"),
+    ):
+        pass
+    assert (tmp_path / "out.partial" / "experiment.json").read_text() == damaged
+
+
 def test_what_may_change_after_solving_are_fields_of_an_experiment():
     assert set(AFTER_SOLVING) <= {field.name for field in dataclasses.fields(Experiment)}

@@ -26,8 +26,9 @@ from accel.network_reconstruction import solve_layer
 from accel.progress import Progress
 from accel.rewrite import FactorizedConv
 from accel.tables import Table, make_table
-from accel.tables.grid import Entry, folder_record, pivot
+from accel.tables.grid import folder_record
 from accel.tables.layer_energies import components_of
+from accel.tables.pivot import Entry, pivot
 from accel.tables.times import add_times
 
 ROOT = Path(__file__).parent.parent

@@ -25,7 +25,8 @@ from accel.error_curves import rank_macs
 from accel.program import LayerCall
 from accel.progress import Progress
 from accel.solvers import response_spectrum
-from accel.tables.grid import Cell, Entry, Line, Table, pivot, seeds_text
+from accel.tables.grid import Cell, Line, Table
+from accel.tables.pivot import Entry, pivot, seeds_text
 
 # Digits of the eigenvalues that are recorded: more than a float32 response has.
 DIGITS = 7

@@ -20,7 +20,8 @@ from accel.network_reconstruction import reconstruct
 from accel.progress import Progress
 from accel.rank_selection import check_speedup
 from accel.selection import select_ranks
-from accel.tables.grid import Cell, Line, Table, check_names, metric_tables
+from accel.tables.grid import Cell, Line, Table, check_names
+from accel.tables.pivot import metric_tables
 
 SOLVERS = {"linear": "reduced_rank_regression", "nonlinear": "alternating"}
 INPUTS = {"symmetric": False, "asymmetric": True}

@@ -38,7 +38,8 @@ from accel.rank_selection import budget_from_speedup
 from accel.rewrite import FactorizedConv
 from accel.runs import AcceleratedRun
 from accel.selection import select_ranks
-from accel.tables.grid import Cell, Entry, Line, Table, check_names, pivot, seeds_text
+from accel.tables.grid import Cell, Line, Table, check_names
+from accel.tables.pivot import Entry, pivot, seeds_text
 
 # By name: how the layer is reconstructed, and by which solver.
 FITS = {

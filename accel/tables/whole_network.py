@@ -48,16 +48,8 @@ from accel.reinitialize import reinitialized
 from accel.repair import Distillation, distill, refit
 from accel.selection import MEASURED_ERROR, select_ranks
 from accel.sensitivity import Sensitivity
-from accel.tables.grid import (
-    Cell,
-    Entry,
-    Line,
-    Table,
-    check_names,
-    metric_tables,
-    pivot,
-    seeds_text,
-)
+from accel.tables.grid import Cell, Line, Table, check_names
+from accel.tables.pivot import Entry, metric_tables, pivot, seeds_text
 from accel.tables.times import times_of
 
 
