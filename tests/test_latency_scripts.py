@@ -1,16 +1,51 @@
 """The two scripts that measure budgets in time, from errors to what the planned networks lose."""
 
+import itertools
 import json
 from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 
 from accel import count_conv_macs, latency_budget, timed_plan
+from accel.checkpoint import save_model
 from accel.device_times import LayerTimes
+from accel.models import ModelSpec
 
-LIMITS = ["--image-limit", "40", "--decompositions", "spatial", "--positions-per-image", "4"]
+CONFIG = """
+from accel.data.settings import BundledImages
+from accel.experiment import Experiment
+from accel.models import ModelSpec
+
+config = Experiment(
+    model=ModelSpec("test_latency_scripts:Small"),
+    weights=None,
+    calibration=BundledImages("calibration"),
+    evaluation=BundledImages("test"),
+    metrics=("accuracy", "outputs"),
+    decompositions=("spatial",),
+    rules={"conv1": "dense"},
+    positions_per_image=4,
+    image_limit=40,
+)
+"""
+
+
+class Small(nnx.Module):
+    """Four convolutions, the last of which gives as many numbers as there are classes."""
+
+    def __init__(self, rngs: nnx.Rngs):
+        widths = (1, 8, 64, 64, 10)
+        for index, (before, after) in enumerate(itertools.pairwise(widths), 1):
+            setattr(self, f"conv{index}", nnx.Conv(before, after, (3, 3), strides=2, rngs=rngs))
+
+    def __call__(self, images):
+        x = images
+        for conv in (self.conv1, self.conv2, self.conv3):
+            x = nnx.relu(conv(x))
+        return self.conv4(x).mean((1, 2))
 
 
 @pytest.fixture
@@ -44,8 +79,17 @@ def planted(script, monkeypatch):
     return budget
 
 
-def run(module, monkeypatch, *arguments):
-    monkeypatch.setattr("sys.argv", ["measure", "configs/quickstart.py", *map(str, arguments)])
+@pytest.fixture
+def small(tmp_path):
+    """A configuration of a small network, and the weights."""
+    config, folder = tmp_path / "config.py", tmp_path / "small"
+    config.write_text(CONFIG)
+    save_model(folder, Small(nnx.Rngs(0)), ModelSpec("test_latency_scripts:Small"))
+    return [config, "--weights", folder]
+
+
+def run(module, monkeypatch, config, *arguments):
+    monkeypatch.setattr("sys.argv", ["measure", *map(str, (config, *arguments))])
     return module.main()
 
 
@@ -69,11 +113,12 @@ def test_curves_are_kept_and_read_back(script):
         budget.from_json("[]", {}, "curves.json")
 
 
-def test_times_and_then_errors_of_the_same_plans(planted, script, tmp_path, monkeypatch):
+def test_times_and_then_errors_of_the_same_plans(planted, script, small, tmp_path, monkeypatch):
+    config, *weights = small
     curves, out = tmp_path / "curves.json", tmp_path / "budget.json"
     options = ["--curves", curves, "--out", out, "--batch-sizes", "2", "--dtypes", "bfloat16"]
-    options += ["--speedups", "1.5", "--random-plans", "2", "--seconds", "0.1", *LIMITS]
-    assert run(planted, monkeypatch, *options) == 0
+    options += ["--speedups", "1.5", "--random-plans", "2", "--seconds", "0.1", *weights]
+    assert run(planted, monkeypatch, config, *options) == 0
     found = json.loads(out.read_text())
     (row,) = found["batches"].values()
     assert (row["batch_size"], row["dtype"]) == (2, "bfloat16")
@@ -91,17 +136,17 @@ def test_times_and_then_errors_of_the_same_plans(planted, script, tmp_path, monk
     table = out.with_suffix(".md").read_text()
     assert "| 2, bfloat16 | 4× by MACs |" in table
     with pytest.raises(FileExistsError, match=r"budget\.json exists already"):
-        run(planted, monkeypatch, *options)
+        run(planted, monkeypatch, config, *options)
     # Errors that are known are not measured again, whatever the images.
     known = curves.read_text()
     monkeypatch.setattr(planted, "measure_errors", None)
     again = [other if other != out else tmp_path / "again.json" for other in options]
-    assert run(planted, monkeypatch, *again) == 0
+    assert run(planted, monkeypatch, config, *again) == 0
     assert curves.read_text() == known
 
     errors = script("measure_plan_errors")
     lost = tmp_path / "errors.json"
-    assert run(errors, monkeypatch, out, "--out", lost, *LIMITS) == 0
+    assert run(errors, monkeypatch, config, out, "--out", lost, *weights) == 0
     rows = json.loads(lost.read_text())["rows"]
     assert [row["plan"] for row in rows] == ["4× by MACs", "by time, as fast"]
     assert all(0 <= row["metrics"]["top1"]["accelerated"] <= 1 for row in rows)
