@@ -44,12 +44,15 @@ from accel.report.environment import device_name, versions
 from accel.rewrite import chain_for
 from accel.solvers.activations import Activation, activate
 
-# A timed program runs a layer until this has passed, twice over; the least is taken, since
-# whatever else the machine does only adds.
+# A timed program runs a layer for so long.
 TIMED_SECONDS = 0.02
-REPEATS = 2
+# How often everything that could stand in one place is timed, in turns.
+PASSES = 3
 # How layers are timed: what was timed otherwise is not comparable.
-FORM = "the lesser of two; all outputs written, nothing copied; weights as inference has them"
+FORM = (
+    "median of three, each in proportion to the layer as it is; all outputs written, nothing"
+    " copied; weights as inference has them"
+)
 # Elsewhere than on CPU a turn of the loop runs a layer more than once, unless its outputs are
 # larger than this: then the layer takes long enough, and they too much memory to be held often.
 SMALL_OUTPUT = 2**24
@@ -106,7 +109,8 @@ def layer_seconds(
         activation: What follows.
         options: What the compiler is told, as for the network that the layer is of.
     """
-    return _seconds(_looped(layer, input_shape, dtype, activation, options))
+    loop = _looped(layer, input_shape, dtype, activation, options)
+    return seconds_in_turns([loop])[0]
 
 
 class _Loop(NamedTuple):
@@ -169,31 +173,55 @@ def _runs_per_turn(output_bytes: int) -> int:
     return 1 if jax.default_backend() == "cpu" or output_bytes > SMALL_OUTPUT else 4
 
 
-def _seconds(loop: _Loop) -> float:
-    """Seconds of one run of the layer (see ``layer_seconds``)."""
-    run, arguments = loop.program, loop.arguments
-    inputs = jax.device_put(np.ones(loop.inputs.shape, loop.inputs.dtype))
-    keep_free_memory()
+def seconds_in_turns(loops: Sequence[_Loop]) -> list[float]:
+    """Seconds of one run of each layer, all of which could stand in one place of a network.
 
-    def shortest(count: int) -> float:
-        times = []
-        for _ in range(REPEATS):
-            start = time.perf_counter()
-            jax.block_until_ready(run(*arguments, count, inputs))
-            times.append(time.perf_counter() - start)
-        return min(times)
+    The first one is the layer as it is. Each pass over them begins and ends with it, and the others
+    are told in proportion to it: of each the median of its proportions counts, times the least that
+    the first one took. So what slows the device down for a while does not make the layer that is
+    timed just then look worse than the others.
+    """
+    images = _images(loops[0])
+    first, *others = (_Timer(loop, images) for loop in loops)
+    times = np.array(
+        [[timer.seconds() for timer in (first, *others, first)] for _ in range(PASSES)]
+    )
+    beside = times[:, [0, -1]]
+    proportions = times[:, 1:-1] / beside.mean(axis=1, keepdims=True)
+    least = float(beside.min())
+    return [least, *(least * np.median(proportions, axis=0)).tolist()]
 
-    jax.block_until_ready(run(*arguments, 1, inputs))
-    # The loop begins with copies of what it is given: a tenth of a layer's time and more where
-    # large images go through few channels. What is left has to be more than their noise.
-    handing_over = shortest(0)
-    enough = max(TIMED_SECONDS / 2, handing_over)
-    count = 1
-    while True:
-        total = shortest(count)
-        if total - handing_over >= enough:
-            return (total - handing_over) / (count * loop.runs_per_turn)
-        count = max(2 * count, round(TIMED_SECONDS * count / total))
+
+def _images(loop: _Loop) -> jax.Array:
+    return jax.device_put(np.ones(loop.inputs.shape, loop.inputs.dtype))
+
+
+class _Timer:
+    """Times a layer, which has run by then, so that it needs no more memory."""
+
+    def __init__(self, loop: _Loop, images: jax.Array):
+        self.loop, self.images = loop, images
+        keep_free_memory()
+        self._passed(1)
+        # The loop begins with copies of what it is given: a tenth of a layer's time and more where
+        # large images go through few channels. What is left has to be more than their noise.
+        self.handing_over = min(self._passed(0), self._passed(0))
+        enough = max(TIMED_SECONDS / 2, self.handing_over)
+        self.count = 1
+        while (passed := self._passed(self.count)) - self.handing_over < enough:
+            self.count = max(2 * self.count, round(TIMED_SECONDS * self.count / passed))
+
+    def _passed(self, count: int) -> float:
+        """Seconds of so many turns of the loop, and of what comes before and after them."""
+        start = time.perf_counter()
+        jax.block_until_ready(self.loop.program(*self.loop.arguments, count, self.images))
+        return time.perf_counter() - start
+
+    def seconds(self) -> float:
+        """Seconds of one run of the layer."""
+        # What is handed over takes no less than the least, but for the clock's noise.
+        passed = max(self._passed(self.count) - self.handing_over, 1e-9)
+        return passed / (self.count * self.loop.runs_per_turn)
 
 
 def default_cache() -> Path:
@@ -239,21 +267,29 @@ class TimeCache:
         dtype: Any,
         activation: Activation,
     ) -> list[float]:
-        """``layer_seconds`` of each layer, timed only where it is not known."""
+        """``seconds_in_turns`` of the layers, of which those are timed that are not known.
+
+        The first one is timed again beside them, and what they take is told in proportion to what
+        is known of it.
+        """
         known = self.content["seconds"]
         shape = f"{np.dtype(dtype).name}{list(input_shape)}"
         keys = [f"{_text(layer)} of {shape} {activation}" for layer in layers]
-        unknown = {key: layer for key, layer in zip(keys, layers, strict=True) if key not in known}
-        looped = partial(
-            _looped,
-            input_shape=input_shape,
-            dtype=dtype,
-            activation=activation,
-            options=self.options,
-        )
-        loops = compile_together(looped, list(unknown.values()))
-        for key, loop in zip(unknown, loops, strict=True):
-            known[key] = _seconds(loop)
+        by_key = dict(zip(keys, layers, strict=True))
+        timed = [key for key in by_key if key == keys[0] or key not in known]
+        if keys[0] not in known or len(timed) > 1:
+            looped = partial(
+                _looped,
+                input_shape=input_shape,
+                dtype=dtype,
+                activation=activation,
+                options=self.options,
+            )
+            loops = list(compile_together(looped, [by_key[key] for key in timed]))
+            found = seconds_in_turns(loops)
+            scale = known.get(keys[0], found[0]) / found[0]
+            new = {key: scale * value for key, value in zip(timed, found, strict=True)}
+            self.content["seconds"] = known = {**new, **known}
         return [known[key] for key in keys]
 
     def save(self) -> None:
@@ -323,7 +359,7 @@ def measure_times(
             for chain, cost in zip(curve.candidates, curve.macs, strict=True)
         }
         with kept_memory():
-            (dense,), seconds = timed([call.layer]), _chain_seconds(call.layer, macs, timed)
+            dense, seconds = _dense_and_chain_seconds(call.layer, macs, timed)
         for other, curve in zip(same, chosen, strict=True):
             chains = np.array([seconds[chain] for chain in curve.candidates])
             times[other.path] = LayerTimes(dense, curve.candidates, chains)
@@ -337,9 +373,10 @@ def _timed(
     call: LayerCall,
     batch_size: int,
     dtype: str | None,
-    layers: Sequence[nnx.Module],
+    chains: Sequence[nnx.Module],
 ) -> list[float]:
-    """Seconds of the layer of a call, or of chains in its place, computed in a type."""
+    """Seconds of the layer of a call and of chains in its place, computed in a type."""
+    layers = [call.layer, *chains]
     given = specification(call.input)
     # What a layer is given has the images' axis in front, or the network could not be cut.
     shape = (batch_size * call.rows_per_image, *given.shape[1:])
@@ -349,12 +386,12 @@ def _timed(
     return known.seconds(cast, shape, dtype, call.activation)
 
 
-def _chain_seconds(
+def _dense_and_chain_seconds(
     layer: nnx.Module,
     macs: Mapping[Candidate, int],
     timed: Callable[[Sequence[nnx.Module]], list[float]],
-) -> dict[Candidate, float]:
-    """The times of a layer's chains, whose MACs are given."""
+) -> tuple[float, dict[Candidate, float]]:
+    """The times of a layer as it is and of its chains, whose MACs are given."""
     seconds: dict[Candidate, float] = {}
     groups: dict[tuple[str, bool], list[Candidate]] = {}
     for chain in sorted(macs, key=lambda chain: macs[chain]):
@@ -365,7 +402,8 @@ def _chain_seconds(
         for group, chains in groups.items()
     }
     every = list(itertools.chain.from_iterable(chosen.values()))
-    found = dict(zip(every, timed([_chain(layer, chain) for chain in every]), strict=True))
+    dense, *taken = timed([_chain(layer, chain) for chain in every])
+    found = dict(zip(every, taken, strict=True))
     for group, chains in groups.items():
         places = chosen[group]
         # Of two ranks, other balances at equal MACs were up to a quarter apart; as a rule less.
@@ -373,7 +411,7 @@ def _chain_seconds(
             [macs[c] for c in chains], [macs[c] for c in places], [found[c] for c in places]
         )
         seconds |= dict(zip(chains, between.tolist(), strict=True))
-    return seconds
+    return dense, seconds
 
 
 def _chain(layer: Any, chain: Candidate) -> nnx.Module:

@@ -32,9 +32,10 @@ from accel.device_times import (
     SHARES,
     LayerTimes,
     TimeCache,
-    _chain_seconds,
+    _dense_and_chain_seconds,
     default_cache,
     layer_seconds,
+    seconds_in_turns,
 )
 from accel.latency_budget import select_for_latency
 from accel.plan import LayerPlan
@@ -145,6 +146,48 @@ def test_what_is_handed_over_is_not_in_the_time():
     assert 0 < 2 * min(times) < min(copies)
 
 
+def test_what_slows_the_device_down_for_a_while_does_not_count(monkeypatch):
+    """Planted: passes at speeds of their own, and of one layer a time that is ten times longer."""
+    true = {"as it is": 0.4, "fast": 0.1, "slow": 0.3}
+    speeds = iter(np.repeat([1.5, 1.0, 1.2], 4))
+
+    class Timer:
+        def __init__(self, name, inputs):
+            self.name, self.calls = name, 0
+
+        def seconds(self):
+            self.calls += 1
+            spike = 10 if (self.name, self.calls) == ("fast", 2) else 1
+            return spike * next(speeds) * true[self.name]
+
+    monkeypatch.setattr(device_times, "_Timer", Timer)
+    monkeypatch.setattr(device_times, "_images", lambda loop: None)
+    assert seconds_in_turns(list(true)) == pytest.approx(list(true.values()))
+
+
+def test_what_is_timed_later_is_told_in_proportion_to_the_layer_as_it_is(tmp_path, monkeypatch):
+    cache = TimeCache(tmp_path, None)
+    layer, chain = conv(4, 4), conv(4, 5)
+    asked = []
+
+    def in_turns(seconds):
+        def seconds_in_turns(loops):
+            asked.append(len(loops))
+            return seconds
+
+        monkeypatch.setattr(device_times, "seconds_in_turns", seconds_in_turns)
+
+    monkeypatch.setattr(device_times, "_looped", lambda layer, **_: layer)
+    arguments = ((1, 8, 8, 4), np.float32, "relu")
+    in_turns([2.0])
+    assert cache.seconds([layer], *arguments) == [2.0]
+    in_turns([3.0, 1.5])
+    assert cache.seconds([layer, chain], *arguments) == [2.0, 1.0]
+    in_turns(None)
+    assert cache.seconds([layer, chain], *arguments) == [2.0, 1.0]
+    assert asked == [1, 2]
+
+
 def test_times_are_kept_on_disk_and_damage_is_named(tmp_path):
     cache = TimeCache(tmp_path, None)
     layer, shape = conv(4, 4), (1, 8, 8, 4)
@@ -183,7 +226,7 @@ def test_times_between_measured_ranks_are_interpolated(measured, round_ranks_tak
 
     def timed(chains):
         asked.extend(chains)
-        return [seconds(chain.factors[0].out_features) for chain in chains]
+        return [5.0, *(seconds(chain.factors[0].out_features) for chain in chains)]
 
     def seconds(rank):
         return rank * (round_ranks_take if rank % 8 == 0 else 1.0)
@@ -193,12 +236,12 @@ def test_times_between_measured_ranks_are_interpolated(measured, round_ranks_tak
     curve = curve.chosen([len(candidate.ranks) == 1 for candidate in curve.candidates])
     candidates = curve.candidates
     macs = dict(zip(candidates, curve.macs.tolist(), strict=True))
-    found = _chain_seconds(call.layer, macs, timed)
+    dense, found = _dense_and_chain_seconds(call.layer, macs, timed)
     # Round and other ranks of three kinds.
     assert len(asked) <= min(len(candidates), 3 * 2 * len(SHARES))
     chains = np.array([found[candidate] for candidate in candidates])
     np.testing.assert_allclose(chains, [seconds(c.ranks[0]) for c in candidates])
-    times = LayerTimes(5.0, candidates, chains)
+    times = LayerTimes(dense, candidates, chains)
     assert times.of(LayerPlan(call.path)) == 5.0
     last = candidates[-1]
     assert times.of(LayerPlan(call.path, last.decomposition, last.ranks)) == seconds(last.ranks[0])
@@ -215,19 +258,20 @@ def test_times_of_all_kinds_are_interpolated_over_macs(measured, round_ranks_tak
 
     def timed(chains):
         # Without strides every factor has as many positions.
-        return [
+        of_chains = (
             seconds(
                 [factor.out_features for factor in chain.factors[:-1]],
                 sum(factor.kernel[...].size for factor in chain.factors),
             )
             for chain in chains
-        ]
+        )
+        return [0.0, *of_chains]
 
     def seconds(ranks, macs):
         return macs * (round_ranks_take if all(rank % 8 == 0 for rank in ranks) else 1.0)
 
     macs = dict(zip(curve.candidates, curve.macs, strict=True))
-    found = _chain_seconds(call.layer, macs, timed)
+    _, found = _dense_and_chain_seconds(call.layer, macs, timed)
     assert {len(candidate.ranks) for candidate in curve.candidates} == {1, 2}
     positions = math.prod(call.output.aval.shape[1:-1])
     wanted = [
@@ -265,7 +309,7 @@ def test_layers_of_one_shape_are_timed_once(tmp_path, monkeypatch):
         return float(sum(part.size for part in jax.tree.leaves(nnx.state(layer, nnx.Param))))
 
     monkeypatch.setattr(device_times, "_looped", parameters)
-    monkeypatch.setattr(device_times, "_seconds", lambda parameters: parameters)
+    monkeypatch.setattr(device_times, "seconds_in_turns", list)
 
     def timed(*paths):
         asked.clear()
@@ -295,7 +339,7 @@ def test_everything_is_timed_in_the_type_that_was_asked_for(measured, monkeypatc
         return float(sum(part.size for part in jax.tree.leaves(nnx.state(layer, nnx.Param))))
 
     monkeypatch.setattr(device_times, "_looped", looped)
-    monkeypatch.setattr(device_times, "_seconds", lambda parameters: 1e-6 * parameters)
+    monkeypatch.setattr(device_times, "seconds_in_turns", list)
     monkeypatch.setattr(latency_budget, "correct_times", lambda _c, _o, times, *_, **__: times)
     plant_times(monkeypatch, lambda network: sum(count_conv_macs(network, IMAGES[:1]).values()))
     planted_compile = latency_budget.compile_inference
@@ -363,6 +407,36 @@ def test_the_speedup_asked_for_is_found_though_times_do_not_add_up(measured, mon
     assert found.original_ms == pytest.approx(1000 * 0.8 * total)
     with pytest.raises(ValueError, match=r"latency_speedup of 60 was not reached .* timed is \d"):
         select_for_latency(calibration, model, 60.0, curves=curves, times=times)
+
+
+@pytest.mark.parametrize("speedup", [1.5, 1.8])
+def test_layers_told_too_fast_do_not_lead_away_from_a_better_plan_of_fewer_macs(
+    measured, monkeypatch, speedup
+):
+    """Planted: networks take as long as their MACs, and of layers some chains are told too fast."""
+    model, calibration, curves = measured
+    times = planted(calibration, curves)
+    random = np.random.default_rng(0)
+    for layer in times.values():
+        layer.chains[:] *= random.uniform(0.4, 1, len(layer.chains))
+    batch = jax.ShapeDtypeStruct((1, *IMAGES.shape[1:]), np.float32)
+
+    def milliseconds(network):
+        return float(sum(count_conv_macs(network, batch).values()))
+
+    plant_times(monkeypatch, milliseconds)
+
+    def error(plan):
+        return sum(curves[layer.path].of(layer) for layer in plan.layers)
+
+    def found():
+        return select_for_latency(calibration, model, speedup, curves=curves, times=times)
+
+    best = error(select_ranks(calibration, speedup, curves=curves))
+    assert found().speedup >= 0.985 * speedup
+    assert error(found().plan) <= 1.1 * best
+    monkeypatch.setattr(latency_budget, "ROUNDS_BY_MACS", 0)
+    assert error(found().plan) > 1.1 * best
 
 
 @pytest.mark.parametrize("speedup", [1.6, 2.0])
