@@ -1,9 +1,10 @@
 """Times of single layers and of the chains that could replace them, on the device at hand.
 
 A layer is timed with the activation that follows inside a loop of one compiled program: no
-dispatch, and no fresh memory for its outputs, is in the time, as in the middle of a network. Of
-each kind of chain a few ranks are timed, round and other numbers apart; between them times are
-interpolated over MACs. What was timed once is kept on disk, by device, versions and shapes.
+dispatch, and no fresh memory for its outputs, is in the time, as in the middle of a network. The
+chains that could replace it are timed in turns with it, and told in proportion to it. Of each kind
+a few ranks are timed, round and other numbers apart; between them times are interpolated over MACs.
+What was timed once is kept on disk, by device, versions and shapes.
 
 Times of layers do not quite add up to that of a network, whose compiler fuses across them. So
 ``accel.time_correction`` corrects them, and ``accel.latency_budget`` times each plan as a whole.
@@ -46,8 +47,11 @@ from accel.solvers.activations import Activation, activate
 
 # A timed program runs a layer for so long.
 TIMED_SECONDS = 0.02
-# How often everything that could stand in one place is timed, in turns.
+# How often everything that could stand in one place is timed, in turns, and of how many chains at
+# once: the longer a pass, the less the layer as it is tells of the device's speed meanwhile; and
+# all of their programs are held.
 PASSES = 3
+TOGETHER = 16
 # How layers are timed: what was timed otherwise is not comparable.
 FORM = (
     "median of three, each in proportion to the layer as it is; all outputs written, nothing"
@@ -114,12 +118,16 @@ def layer_seconds(
 
 
 class _Loop(NamedTuple):
-    """A compiled program that runs a layer some times."""
+    """A compiled program that runs a layer some times.
+
+    It is given weights, the number of turns, images and outputs, and returns these two, in the same
+    memory.
+    """
 
     program: jax.stages.Compiled
     arguments: tuple[Any, ...]
-    inputs: jax.ShapeDtypeStruct
-    runs_per_turn: int
+    images: jax.ShapeDtypeStruct
+    outputs: list[jax.ShapeDtypeStruct]
 
 
 def _looped(
@@ -129,16 +137,20 @@ def _looped(
     activation: Activation,
     options: Options | None,
 ) -> _Loop:
-    """Compiles a layer for ``_seconds``; the arguments are those of ``layer_seconds``."""
+    """Compiles a layer for ``seconds_in_turns``; the arguments are those of ``layer_seconds``."""
     forward, state = forward_function(with_any_weights(layer))
-    inputs = jax.ShapeDtypeStruct(tuple(input_shape), dtype)
-    outputs = jax.eval_shape(forward, state, inputs)
-    runs = _runs_per_turn(math.prod(outputs.shape) * outputs.dtype.itemsize)
+    images = jax.ShapeDtypeStruct(tuple(input_shape), dtype)
+    output = jax.eval_shape(forward, state, images)
+    runs = _runs_per_turn(math.prod(output.shape) * output.dtype.itemsize)
+    outputs = [jax.ShapeDtypeStruct(output.shape, output.dtype)] * runs
 
     def looped(
-        network: Callable[[jax.Array], jax.Array], count: int, images: jax.Array
-    ) -> list[jax.Array]:
-        """``count`` turns that run the layer, each time on inputs that hang on the outputs before.
+        network: Callable[[jax.Array], jax.Array],
+        count: int,
+        images: jax.Array,
+        outputs: list[jax.Array],
+    ) -> tuple[jax.Array, list[jax.Array]]:
+        """``count`` turns that run the layer, each time on images that hang on the outputs before.
 
         They are the same, but the compiler must not know, or it would run the layer once. (Writing
         one element instead made it copy all of them at every run.) The outputs are handed from turn
@@ -148,20 +160,23 @@ def _looped(
         def turn(
             _: Any, carried: tuple[jax.Array, list[jax.Array]]
         ) -> tuple[jax.Array, list[jax.Array]]:
-            inputs, outputs = carried
+            images, outputs = carried
             outputs = list(outputs)
             for run in range(runs):
                 before = outputs[run - 1]
-                inputs, outputs[run - 1] = jax.lax.optimization_barrier((inputs, before))
-                outputs[run] = activate(network(inputs), activation)
-            return inputs, outputs
+                images, outputs[run - 1] = jax.lax.optimization_barrier((images, before))
+                outputs[run] = activate(network(images), activation)
+            return images, outputs
 
-        nothing = [jax.numpy.zeros(outputs.shape, outputs.dtype) for _ in range(runs)]
-        return jax.lax.fori_loop(0, count, turn, (images, nothing))[1]
+        return jax.lax.fori_loop(0, count, turn, (images, outputs))
 
-    # How often is an argument, so that the program is compiled once.
-    program, arguments = compile_with_weights(looped, forward, state, 1, inputs, options=options)
-    return _Loop(program, arguments, inputs, runs)
+    # How often is an argument, so that the program is compiled once. Images and outputs are
+    # donated: copying them would be a tenth of a layer's time and more where large images go
+    # through few channels.
+    program, arguments = compile_with_weights(
+        looped, forward, state, 1, images, outputs, donated=(1, 2), options=options
+    )
+    return _Loop(program, arguments, images, outputs)
 
 
 def _runs_per_turn(output_bytes: int) -> int:
@@ -181,47 +196,55 @@ def seconds_in_turns(loops: Sequence[_Loop]) -> list[float]:
     the first one took. So what slows the device down for a while does not make the layer that is
     timed just then look worse than the others.
     """
-    images = _images(loops[0])
-    first, *others = (_Timer(loop, images) for loop in loops)
-    times = np.array(
-        [[timer.seconds() for timer in (first, *others, first)] for _ in range(PASSES)]
-    )
+    keep_free_memory()
+    buffers = _Buffers(loops[0])
+    first, *others = (_Timer(loop, buffers) for loop in loops)
+    passes = []
+    for number in range(PASSES):
+        order = (first, *others, first)
+        backwards = number % 2 == 1
+        times = [timer.seconds() for timer in (reversed(order) if backwards else order)]
+        passes.append(times[::-1] if backwards else times)
+    times = np.array(passes)
     beside = times[:, [0, -1]]
     proportions = times[:, 1:-1] / beside.mean(axis=1, keepdims=True)
     least = float(beside.min())
     return [least, *(least * np.median(proportions, axis=0)).tolist()]
 
 
-def _images(loop: _Loop) -> jax.Array:
-    return jax.device_put(np.ones(loop.inputs.shape, loop.inputs.dtype))
+class _Buffers:
+    """Images and outputs of one place of a network, which all layers use that are timed for it."""
+
+    def __init__(self, loop: _Loop):
+        self.images = jax.device_put(np.ones(loop.images.shape, loop.images.dtype))
+        self.outputs = [jax.device_put(np.zeros(o.shape, o.dtype)) for o in loop.outputs]
+
+    def seconds(self, loop: _Loop, count: int) -> float:
+        """Seconds of so many turns of the loop."""
+        start = time.perf_counter()
+        self.images, self.outputs = jax.block_until_ready(
+            loop.program(*loop.arguments, count, self.images, self.outputs)
+        )
+        return time.perf_counter() - start
 
 
 class _Timer:
-    """Times a layer, which has run by then, so that it needs no more memory."""
+    """Times a layer that has run before, so that it needs no more memory."""
 
-    def __init__(self, loop: _Loop, images: jax.Array):
-        self.loop, self.images = loop, images
-        keep_free_memory()
-        self._passed(1)
-        # The loop begins with copies of what it is given: a tenth of a layer's time and more where
-        # large images go through few channels. What is left has to be more than their noise.
-        self.handing_over = min(self._passed(0), self._passed(0))
-        enough = max(TIMED_SECONDS / 2, self.handing_over)
+    def __init__(self, loop: _Loop, buffers: _Buffers):
+        self.loop, self.buffers = loop, buffers
         self.count = 1
-        while (passed := self._passed(self.count)) - self.handing_over < enough:
+        buffers.seconds(loop, 1)
+        # The lesser of two: whatever else the machine does only adds.
+        while (passed := min(self._passed(), self._passed())) < TIMED_SECONDS / 2:
             self.count = max(2 * self.count, round(TIMED_SECONDS * self.count / passed))
 
-    def _passed(self, count: int) -> float:
-        """Seconds of so many turns of the loop, and of what comes before and after them."""
-        start = time.perf_counter()
-        jax.block_until_ready(self.loop.program(*self.loop.arguments, count, self.images))
-        return time.perf_counter() - start
+    def _passed(self) -> float:
+        return self.buffers.seconds(self.loop, self.count)
 
     def seconds(self) -> float:
         """Seconds of one run of the layer."""
-        # What is handed over takes no less than the least, but for the clock's noise.
-        passed = max(self._passed(self.count) - self.handing_over, 1e-9)
-        return passed / (self.count * self.loop.runs_per_turn)
+        return self._passed() / (self.count * len(self.loop.outputs))
 
 
 def default_cache() -> Path:
@@ -275,9 +298,9 @@ class TimeCache:
         known = self.content["seconds"]
         shape = f"{np.dtype(dtype).name}{list(input_shape)}"
         keys = [f"{_text(layer)} of {shape} {activation}" for layer in layers]
-        by_key = dict(zip(keys, layers, strict=True))
-        timed = [key for key in by_key if key == keys[0] or key not in known]
-        if keys[0] not in known or len(timed) > 1:
+        unknown = {key: layer for key, layer in zip(keys, layers, strict=True) if key not in known}
+        unknown.pop(keys[0], None)
+        if unknown or keys[0] not in known:
             looped = partial(
                 _looped,
                 input_shape=input_shape,
@@ -285,11 +308,13 @@ class TimeCache:
                 activation=activation,
                 options=self.options,
             )
-            loops = list(compile_together(looped, [by_key[key] for key in timed]))
-            found = seconds_in_turns(loops)
-            scale = known.get(keys[0], found[0]) / found[0]
-            new = {key: scale * value for key, value in zip(timed, found, strict=True)}
-            self.content["seconds"] = known = {**new, **known}
+            first, others = looped(layers[0]), list(unknown)
+            for begin in range(0, max(1, len(others)), TOGETHER):
+                group = others[begin : begin + TOGETHER]
+                loops = compile_together(looped, [unknown[key] for key in group])
+                least, *found = seconds_in_turns([first, *loops])
+                scale = known.setdefault(keys[0], least) / least
+                known |= {key: scale * value for key, value in zip(group, found, strict=True)}
         return [known[key] for key in keys]
 
     def save(self) -> None:

@@ -94,6 +94,7 @@ def compile_with_weights(
     forward: Forward,
     state: Any,
     *inputs: Any,
+    donated: Sequence[int] = (),
     options: Options | None,
 ) -> tuple[jax.stages.Compiled, tuple[Any, ...]]:
     """Compiles what a function does with a network, its weights in the form that is fastest.
@@ -103,6 +104,7 @@ def compile_with_weights(
         forward: The network's function.
         state: Its weights.
         inputs: Arrays, or their shapes and types.
+        donated: Places of the inputs whose memory the outputs take over.
         options: What the compiler is told.
 
     Returns:
@@ -117,11 +119,17 @@ def compile_with_weights(
 
     weight_bytes = sum(leaf.nbytes for leaf in weights)
     if jax.default_backend() == "cpu" and weight_bytes <= CONSTANT_BYTES:
-        return jax.jit(partial(of_network, weights)).lower(*inputs).compile(options), ()
+        jitted = jax.jit(partial(of_network, weights), donate_argnums=tuple(donated))
+        return jitted.lower(*inputs).compile(options), ()
     # Left to itself, a program gets its weights row by row and lays them out anew at every run.
     kernels = [leaf.ndim > 1 and jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in weights]
     formats = [Format(Layout.AUTO) if kernel else None for kernel in kernels]
-    jitted = jax.jit(of_network, in_shardings=(formats, *(None for _ in inputs)), keep_unused=True)
+    jitted = jax.jit(
+        of_network,
+        in_shardings=(formats, *(None for _ in inputs)),
+        keep_unused=True,
+        donate_argnums=tuple(1 + place for place in donated),
+    )
     # Their shapes alone: of arrays that are bound to a device the layout cannot be chosen.
     shapes = [
         jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) if kernel else leaf

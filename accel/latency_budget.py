@@ -3,8 +3,8 @@
 Times of single layers (``accel.device_times``), corrected by those of whole networks
 (``accel.time_correction``), propose a plan, a network of that shape is timed as a whole beside the
 original, and what was found corrects the next proposal, until the speedup that is measured is the
-one that was asked for. Then plans of the fewest MACs are timed that promise less error than that
-one. No layer is fitted for that.
+one that was asked for. Then plans of the fewest MACs are timed that promise less error than the
+best of these. No layer is fitted for that.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ from accel.selection import (
 from accel.time_correction import correct_times
 from accel.timed_plan import TimedPlan, sum_ms, time_plan
 
-# The search ends where a speedup is this close to the one asked for. Of the plans that are not
-# slower than that, the one of the smallest error is taken; if there is none, the fastest, within
-# LIMIT.
+# The search by time ends where a speedup is this close to the one asked for. Of all plans that are
+# not slower than that, the one of the smallest error is taken; if there is none, the fastest,
+# within LIMIT.
 TOLERANCE = 0.015
 LIMIT = 0.05
 ROUNDS = 9
@@ -170,16 +170,14 @@ def select_for_latency(
             if abs(timed.speedup / speedup - 1) <= TOLERANCE:
                 break
             budget = _next_budget(tried, 1000 * dense, 1 / speedup) / 1000
-        plan = _better_by_macs(calibration, _best(tried, speedup, curves), curves, rules)
+        plan = _by_macs(calibration, speedup, tried, curves, rules)
         for _ in range(ROUNDS_BY_MACS):
             if plan is None or _tried(plan, tried):
                 break
-            room = time_and_tell(plan).speedup / speedup
-            more_macs = room * _macs(calibration, plan, curves)
-            total = sum(calibration.macs.values())
-            if room < 1 + TOLERANCE or more_macs >= total:
+            timed = time_and_tell(plan)
+            if timed.speedup < (1 + TOLERANCE) * speedup:
                 break
-            plan = select_ranks(calibration, total / more_macs, curves=curves, rules=rules)
+            plan = _as_fast_by_macs(calibration, speedup, timed, curves, rules)
     best = _best(tried, speedup, curves)
     if best is not None:
         return best
@@ -204,19 +202,47 @@ def _best(
     return min(fast_enough, key=lambda timed: _error(timed.plan, curves), default=None)
 
 
-def _better_by_macs(
+def _by_macs(
     calibration: Calibration,
-    best: TimedPlan | None,
+    speedup: float,
+    tried: Sequence[TimedPlan],
     curves: Mapping[str, ErrorCurve],
     rules: Rules | None,
 ) -> AccelerationPlan | None:
-    """The plan of the fewest MACs whose error is somewhat below that of the best one, if any is."""
+    """A plan of the fewest MACs that is better than the best one tried, if it is fast enough.
+
+    Where none is fast enough it is the one that would be, by the time and the MACs of the fastest.
+    None where there is no such plan.
+    """
+    best = _best(tried, speedup, curves)
     if best is None:
-        return None
+        fastest = max(tried, key=lambda timed: timed.speedup)
+        return _as_fast_by_macs(calibration, speedup, fastest, curves, rules)
     try:
         allowed = LESS * _error(best.plan, curves)
         return select_within_error(calibration, allowed, curves, rules=rules)
     except ValueError:  # With the ranks that rules fix the error cannot be that small.
+        return None
+
+
+def _as_fast_by_macs(
+    calibration: Calibration,
+    speedup: float,
+    timed: TimedPlan,
+    curves: Mapping[str, ErrorCurve],
+    rules: Rules | None,
+) -> AccelerationPlan | None:
+    """The plan of the least error that is as fast, if networks take time in proportion to MACs.
+
+    None where it would have more MACs than the original, or fewer than can be.
+    """
+    total = sum(calibration.macs.values())
+    macs = _macs(calibration, timed.plan, curves) * timed.speedup / speedup
+    if macs >= total:
+        return None
+    try:
+        return select_ranks(calibration, total / macs, curves=curves, rules=rules)
+    except ValueError:
         return None
 
 

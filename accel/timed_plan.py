@@ -28,7 +28,7 @@ class TimedPlan:
         dtype: What both networks compute in; None for the types that they have.
         original_ms: Median time of the original for a batch, in milliseconds.
         accelerated_ms: The same of a network of the plan's shape, in turns with the original.
-        layers_ms: The sum of the times of its layers, by which the plan was made.
+        layers_ms: The sum of the times of its layers.
         speedup: Ratio of the medians.
     """
 

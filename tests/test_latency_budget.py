@@ -147,22 +147,28 @@ def test_what_is_handed_over_is_not_in_the_time():
 
 
 def test_what_slows_the_device_down_for_a_while_does_not_count(monkeypatch):
-    """Planted: passes at speeds of their own, and of one layer a time that is ten times longer."""
-    true = {"as it is": 0.4, "fast": 0.1, "slow": 0.3}
-    speeds = iter(np.repeat([1.5, 1.0, 1.2], 4))
+    """Planted: a device that is up to twice as slow for some passes, and that stalls at times."""
+    true = {"as it is": 4e-3, "fast": 2e-5, "slow": 3e-2}
+    clock, passed, stalls = [0.0], [], {3: 0.05, 18: 0.5}
 
-    class Timer:
-        def __init__(self, name, inputs):
-            self.name, self.calls = name, 0
+    class Buffers:
+        def __init__(self, loop):
+            pass
 
-        def seconds(self):
-            self.calls += 1
-            spike = 10 if (self.name, self.calls) == ("fast", 2) else 1
-            return spike * next(speeds) * true[self.name]
+        def seconds(self, loop, count):
+            passed.append(loop.program)
+            slow = 1 + math.sin(clock[0] / 4) ** 2
+            taken = count * len(loop.outputs) * true[loop.program] * slow
+            clock[0] += taken + 0.2
+            return taken + stalls.get(len(passed), 0.0)
 
-    monkeypatch.setattr(device_times, "_Timer", Timer)
-    monkeypatch.setattr(device_times, "_images", lambda loop: None)
-    assert seconds_in_turns(list(true)) == pytest.approx(list(true.values()))
+    monkeypatch.setattr(device_times, "_Buffers", Buffers)
+    loops = [device_times._Loop(name, (), None, [None] * 2) for name in true]
+    dense, *others = seconds_in_turns(loops)
+    assert true["as it is"] <= dense <= 2 * true["as it is"]
+    proportions = [true[name] / true["as it is"] for name in ("fast", "slow")]
+    assert [seconds / dense for seconds in others] == pytest.approx(proportions, rel=0.05)
+    assert len(passed) > max(stalls)
 
 
 def test_what_is_timed_later_is_told_in_proportion_to_the_layer_as_it_is(tmp_path, monkeypatch):
