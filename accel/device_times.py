@@ -235,16 +235,12 @@ class _Timer:
         self.loop, self.buffers = loop, buffers
         self.count = 1
         buffers.seconds(loop, 1)
-        # The lesser of two: whatever else the machine does only adds.
-        while (passed := min(self._passed(), self._passed())) < TIMED_SECONDS / 2:
-            self.count = max(2 * self.count, round(TIMED_SECONDS * self.count / passed))
-
-    def _passed(self) -> float:
-        return self.buffers.seconds(self.loop, self.count)
 
     def seconds(self) -> float:
-        """Seconds of one run of the layer."""
-        return self._passed() / (self.count * len(self.loop.outputs))
+        """Seconds of one run of the layer, from as many as take long enough."""
+        while (passed := self.buffers.seconds(self.loop, self.count)) < TIMED_SECONDS / 2:
+            self.count = max(2 * self.count, round(TIMED_SECONDS * self.count / passed))
+        return passed / (self.count * len(self.loop.outputs))
 
 
 def default_cache() -> Path:
