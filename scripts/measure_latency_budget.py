@@ -64,7 +64,8 @@ class Measurement:
         experiment: Network, weights and images; plans by time have ranks that are multiples of its
             ``rank_multiple``.
         curves: File of the error curves; read where it exists, or else written.
-        out: The file to write; must not exist. The table of it goes beside it.
+        out: The file to write; must not exist. The table of it goes beside it. What there is so far
+            is in ``out`` with ``.partial`` at its end.
         batch_sizes: Images per batch.
         dtypes: What networks compute in.
         speedups: Asked for.
@@ -104,15 +105,18 @@ def main() -> int:
         "batches": {},
     }
 
+    partial = asked.out.with_name(f"{asked.out.name}.partial")
+
     def write() -> None:
-        write_whole(asked.out, json.dumps(found, indent=2) + "\n")
-        write_whole(asked.out.with_suffix(".md"), markdown(found))
+        write_whole(partial, json.dumps(found, indent=2) + "\n")
 
     for dtype, batch_size in itertools.product(asked.dtypes, asked.batch_sizes):
         row: dict[str, Any] = {"batch_size": batch_size, "dtype": dtype}
         found["batches"][f"{batch_size}, {dtype}"] = row
         with kept_memory():
             _batch(asked, calibration, original, curves, row, progress, write)
+    write_whole(asked.out.with_suffix(".md"), markdown(found))
+    partial.replace(asked.out)
     print(markdown(found))
     return 0
 

@@ -34,7 +34,8 @@ class Measurement:
 
     Attributes:
         experiment: Network, weights and images.
-        out: The file to write; must not exist. The table of it goes beside it.
+        out: The file to write; must not exist. The table of it goes beside it. What there is so far
+            is in ``out`` with ``.partial`` at its end.
     """
 
     experiment: Annotated[tyro.conf.AvoidSubcommands[Experiment], tyro.conf.arg(name="")]
@@ -68,6 +69,7 @@ def main() -> int:
         "images": len(calibration.source),
         "rows": rows,
     }
+    partial = asked.out.with_name(f"{asked.out.name}.partial")
     fitted: dict[str, dict[str, dict[str, float]]] = {}
     for row, plan in plans:
         key = plan.to_json()
@@ -76,8 +78,9 @@ def main() -> int:
             result = reconstruct(calibration, plan, sensitivity=sensitivity, progress=progress)
             fitted[key] = experiment.evaluate(reference, result.model, progress)
         rows.append({**row, "metrics": fitted[key]})
-        write_whole(asked.out, json.dumps(found, indent=2) + "\n")
-        write_whole(asked.out.with_suffix(".md"), markdown(found))
+        write_whole(partial, json.dumps(found, indent=2) + "\n")
+    write_whole(asked.out.with_suffix(".md"), markdown(found))
+    partial.replace(asked.out)
     print(markdown(found))
     return 0
 

@@ -151,6 +151,27 @@ def test_times_and_then_errors_of_the_same_plans(planted, script, small, tmp_pat
     assert [row["plan"] for row in rows] == ["4× by MACs", "by time, as fast"]
     assert all(0 <= row["metrics"]["top1"]["accelerated"] <= 1 for row in rows)
     assert f"| {rows[0]['speedup']:.2f}× |" in lost.with_suffix(".md").read_text()
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_what_was_measured_before_a_stop_is_kept_and_does_not_stand_in_the_way(
+    planted, small, tmp_path, monkeypatch
+):
+    config, *weights = small
+    out = tmp_path / "budget.json"
+    options = ["--curves", tmp_path / "curves.json", "--out", out, "--batch-sizes", "2", *weights]
+
+    def stopped(*arguments, **named):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(planted, "select_for_latency", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            run(planted, monkeypatch, config, *options)
+    assert json.loads((tmp_path / "budget.json.partial").read_text())["batches"]
+    assert not out.exists()
+    assert run(planted, monkeypatch, config, *options, "--speedups", "1.5", "--seconds", "0.1") == 0
+    assert out.exists()
 
 
 def test_a_file_that_holds_no_timed_plans_is_named(script):
