@@ -385,12 +385,13 @@ def _times_of_layers(
         given = specification(call.input)
         layers = [call.layer, *([chains[call.path]] if call.path in chains else [])]
         with kept_memory():
-            seconds = [
-                layer_seconds(
-                    in_dtype(layer, dtype), given.shape, dtype, call.activation, program.options
-                )
-                for layer in layers
-            ]
+            seconds = layer_seconds(
+                [in_dtype(layer, dtype) for layer in layers],
+                given.shape,
+                dtype,
+                call.activation,
+                program.options,
+            )
         times[call.path] = (1000 * seconds[0], 1000 * seconds[-1])
         progress.advance(1)
     return times

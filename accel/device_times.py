@@ -96,25 +96,28 @@ class LayerTimes:
 
 
 def layer_seconds(
-    layer: nnx.Module,
+    layers: Sequence[nnx.Module],
     input_shape: Sequence[int],
     dtype: Any,
     activation: Activation,
     options: Options | None,
-) -> float:
-    """Seconds that a layer or a chain takes, with the activation that follows, on the device.
+) -> list[float]:
+    """Seconds that a layer, and what could stand in its place, take on the device, in turns.
 
-    The process keeps the memory that is freed, as in inference (``accel.memory.kept_memory``).
+    The activation that follows is in the time. The process keeps the memory that is freed, as in
+    inference (``accel.memory.kept_memory``).
 
     Args:
-        layer: The layer; the values of its weights do not matter.
-        input_shape: Shape of what it is given, the batch first.
-        dtype: Type of what it is given.
+        layers: The layer as it is and the others; the values of their weights do not matter.
+        input_shape: Shape of what they are given, the batch first.
+        dtype: Type of what they are given.
         activation: What follows.
         options: What the compiler is told, as for the network that the layer is of.
     """
-    loop = _looped(layer, input_shape, dtype, activation, options)
-    return seconds_in_turns([loop])[0]
+    looped = partial(
+        _looped, input_shape=input_shape, dtype=dtype, activation=activation, options=options
+    )
+    return seconds_in_turns(list(compile_together(looped, layers)))
 
 
 class _Loop(NamedTuple):

@@ -105,8 +105,8 @@ def compiled(model, calibration):
 
 @pytest.mark.optimized
 def test_sixteen_times_the_work_takes_several_times_as_long():
-    small = layer_seconds(conv(32, 32), (1, 32, 32, 32), np.float32, "relu", None)
-    large = layer_seconds(conv(128, 128), (1, 32, 32, 128), np.float32, "relu", None)
+    small = layer_seconds([conv(32, 32)], (1, 32, 32, 32), np.float32, "relu", None)[0]
+    large = layer_seconds([conv(128, 128)], (1, 32, 32, 128), np.float32, "relu", None)[0]
     assert 0 < 4 * small < large
 
 
@@ -123,7 +123,7 @@ def test_a_layer_is_really_run_each_time(kind, runs_per_turn, monkeypatch):
         decomposition = DECOMPOSITIONS[kind]
         ranks = (32, 32) if kind == "tucker2" else (32,)
         layer = chain_for(layer, decomposition.factors(layer, *ranks))
-    seconds = layer_seconds(layer, shape, np.float32, "identity", None)
+    (seconds,) = layer_seconds([layer], shape, np.float32, "identity", None)
     image = jax.ShapeDtypeStruct((1, *shape[1:]), np.float32)
     operations = 4 * sum(count_conv_macs(nnx.Sequential(layer), image).values())
     assert operations > 4 * 32 * 32 * 64 * 60
@@ -145,7 +145,7 @@ def test_what_is_handed_over_is_not_in_the_time(constant_bytes, monkeypatch):
         np.copyto(copied, images)
         copies.append(time.perf_counter() - start)
     # Other tests run meanwhile.
-    times = [layer_seconds(layer, images.shape, images.dtype, "relu", None) for _ in range(3)]
+    times = layer_seconds([layer] * 3, images.shape, images.dtype, "relu", None)
     assert 0 < 2 * min(times) < min(copies)
 
 
