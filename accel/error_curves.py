@@ -98,19 +98,11 @@ class ErrorCurve:
         Raises:
             ValueError: If the plan's chain is none of the candidates.
         """
-        return 0.0 if layer.decomposition is None else float(self.errors[self._place(layer)])
-
-    def macs_of(self, layer: LayerPlan) -> int:
-        """MACs per image of the chain that a plan puts in the layer's place.
-
-        Raises:
-            ValueError: If it is none of the candidates.
-        """
-        return int(self.macs[self._place(layer)])
-
-    def _place(self, layer: LayerPlan) -> int:
-        assert layer.decomposition is not None
-        return self.candidates.index(Candidate(layer.decomposition, layer.ranks))
+        if layer.decomposition is None:
+            return 0.0
+        return float(
+            self.errors[self.candidates.index(Candidate(layer.decomposition, layer.ranks))]
+        )
 
 
 def spatial_sizes(call: LayerCall) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -28,6 +28,7 @@ from accel.plan import AccelerationPlan
 from accel.progress import Progress
 from accel.rank_selection import Rules, check_speedup
 from accel.selection import (
+    conv_macs_of,
     least_seconds,
     select_by_time,
     select_ranks,
@@ -237,7 +238,7 @@ def _as_fast_by_macs(
     None where it would have more MACs than the original, or fewer than can be.
     """
     total = sum(calibration.macs.values())
-    macs = _macs(calibration, timed.plan, curves) * timed.speedup / speedup
+    macs = conv_macs_of(calibration, timed.plan) * timed.speedup / speedup
     if macs >= total:
         return None
     try:
@@ -249,17 +250,6 @@ def _as_fast_by_macs(
 def _error(plan: AccelerationPlan, curves: Mapping[str, ErrorCurve]) -> float:
     """The sum of the measured errors of a plan's chains."""
     return math.fsum(curves[layer.path].of(layer) for layer in plan.layers if layer.path in curves)
-
-
-def _macs(
-    calibration: Calibration, plan: AccelerationPlan, curves: Mapping[str, ErrorCurve]
-) -> int:
-    """MACs per image of all convolutions."""
-    macs = dict(calibration.macs)
-    for layer in plan.layers:
-        if layer.decomposition is not None and layer.path in macs:
-            macs[layer.path] = curves[layer.path].macs_of(layer)
-    return sum(macs.values())
 
 
 def _tried(plan: AccelerationPlan, tried: Sequence[TimedPlan]) -> bool:

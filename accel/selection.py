@@ -21,7 +21,7 @@ from accel.calibration import Calibration
 from accel.decompositions import DECOMPOSITIONS, Decomposition
 from accel.device_times import LayerTimes
 from accel.energies import ranks_by_energy
-from accel.error_curves import ErrorCurve, check_rank_multiple, rank_macs
+from accel.error_curves import ErrorCurve, check_rank_multiple, macs_of, rank_macs
 from accel.measurements import measure_errors
 from accel.plan import AccelerationPlan, LayerPlan
 from accel.program import LayerCall, named_layers
@@ -322,6 +322,17 @@ def _chosen(
         path: curve if isinstance(fixed[path], int) else curve.chosen(wanted(curve))
         for path, curve in curves.items()
     }
+
+
+def conv_macs_of(calibration: Calibration, plan: AccelerationPlan) -> int:
+    """MACs per image of all convolutions of a network that a plan has been carried out on."""
+    calls = {call.path: call for call in calibration.calls}
+    macs = dict(calibration.macs)
+    for layer in plan.layers:
+        if layer.decomposition is not None and layer.path in macs:
+            kind = DECOMPOSITIONS[layer.decomposition]
+            macs[layer.path] = macs_of(calls[layer.path], kind, layer.ranks)
+    return sum(macs.values())
 
 
 def choice_digest(asked: object, curves: Mapping[str, ErrorCurve], rules: Rules) -> str:

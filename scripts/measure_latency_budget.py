@@ -32,9 +32,8 @@ from flax import nnx
 
 from accel.calibration import Calibration
 from accel.configuration import load_config
-from accel.decompositions import DECOMPOSITIONS
 from accel.device_times import LayerTimes, measure_times
-from accel.error_curves import ErrorCurve, macs_of
+from accel.error_curves import ErrorCurve
 from accel.experiment import Experiment
 from accel.files import write_whole
 from accel.inference import Inference, compile_inference, with_any_weights
@@ -46,7 +45,12 @@ from accel.plan import AccelerationPlan
 from accel.progress import LineProgress
 from accel.rank_selection import Candidate
 from accel.report.environment import command_line, device_name, versions
-from accel.selection import select_ranks, with_promising_chains, with_rank_multiple
+from accel.selection import (
+    conv_macs_of,
+    select_ranks,
+    with_promising_chains,
+    with_rank_multiple,
+)
 from accel.time_correction import correct_times, random_plans
 from accel.timed_plan import TimedPlan, time_plan, time_plans
 
@@ -269,7 +273,7 @@ def _batch(
         total = sum(calibration.macs.values())
         return {
             **timed.figures(),
-            "mac_speedup": total / _macs(calibration, timed.plan),
+            "mac_speedup": total / conv_macs_of(calibration, timed.plan),
             "plan": json.loads(timed.plan.to_json()),
         }
 
@@ -357,17 +361,6 @@ def _batch(
     except ValueError as error:
         row["as_fast_as_by_macs"] = {"refused": str(error)}
     write()
-
-
-def _macs(calibration: Calibration, plan: AccelerationPlan) -> int:
-    """MACs per image of all convolutions."""
-    calls = {call.path: call for call in calibration.calls}
-    total = sum(calibration.macs.values())
-    for layer in plan.layers:
-        if layer.decomposition is not None:
-            kind = DECOMPOSITIONS[layer.decomposition]
-            total += macs_of(calls[layer.path], kind, layer.ranks) - calibration.macs[layer.path]
-    return total
 
 
 def _random_plans(
