@@ -160,9 +160,11 @@ class Experiment:
         if self.latency_batches:
             check_measurement("latency", self.latency_batches, REPEATS, self.latency_seconds)
         evaluation = self.limited(self.evaluation)
-        if self.metrics:
+        if self.metrics or self.distillation is not None:
             batch = jax.ShapeDtypeStruct((1, *evaluation.image_shape), "float32")
-            output_shape(*forward_function(original), batch, "original network")
+            shape = output_shape(*forward_function(original), batch, "original network")
+            if self.distillation is not None:
+                self.distillation.check(shape)
 
     def load_model(self) -> nnx.Module:
         """The original network.
