@@ -4,6 +4,8 @@ A layer is timed with the activation that follows inside a loop of one compiled 
 dispatch, and no fresh memory for its outputs, is in the time, as in the middle of a network. The
 chains that could replace it are timed in turns with it, and told in proportion to it. Of each kind
 a few ranks are timed, round and other numbers apart; between them times are interpolated over MACs.
+At last the layers as they are are timed in turns with each other: a device that was slower while
+one of them was timed made it, and all its chains, look worth more than the others.
 What was timed once is kept on disk, by device, versions and shapes.
 
 Times of layers do not quite add up to that of a network, whose compiler fuses across them. So
@@ -52,10 +54,13 @@ TIMED_SECONDS = 0.02
 # all of their programs are held.
 PASSES = 3
 TOGETHER = 16
+# How often the layers of all places are timed in turns: shares of some ten layers, which decide how
+# much of a budget each place is given.
+PASSES_OVER_PLACES = 9
 # How layers are timed: what was timed otherwise is not comparable.
 FORM = (
     "median of three, each in proportion to the layer as it is; all outputs written, nothing"
-    " copied; weights as inference has them"
+    " copied; weights as inference has them; layers as they are in turns with each other"
 )
 # Elsewhere than on CPU a turn of the loop runs a layer more than once, unless its outputs are
 # larger than this: then the layer takes long enough, and they too much memory to be held often.
@@ -215,6 +220,24 @@ def seconds_in_turns(loops: Sequence[_Loop]) -> list[float]:
     return [least, *(least * np.median(proportions, axis=0)).tolist()]
 
 
+def seconds_over_places(loops: Sequence[_Loop]) -> list[float]:
+    """Seconds of one run of layers of different places of a network, in turns with each other.
+
+    Of each the median of its shares of a pass counts, times the least that a pass took. Each turn
+    has memory of its own, so that how one block happens to lie does not count for all of them.
+    """
+    keep_free_memory()
+    passes = []
+    for number in range(PASSES_OVER_PLACES):
+        backwards = number % 2 == 1
+        order = reversed(loops) if backwards else loops
+        times = [_Timer(loop, _Buffers(loop)).seconds() for loop in order]
+        passes.append(times[::-1] if backwards else times)
+    times = np.array(passes)
+    whole = times.sum(axis=1)
+    return (whole.min() * np.median(times / whole[:, None], axis=0)).tolist()
+
+
 class _Buffers:
     """Images and outputs of one place of a network, which all layers use that are timed for it."""
 
@@ -295,8 +318,7 @@ class TimeCache:
         is known of it.
         """
         known = self.content["seconds"]
-        shape = f"{np.dtype(dtype).name}{list(input_shape)}"
-        keys = [f"{_text(layer)} of {shape} {activation}" for layer in layers]
+        keys = [_key(Place(layer, tuple(input_shape), dtype, activation)) for layer in layers]
         unknown = {key: layer for key, layer in zip(keys, layers, strict=True) if key not in known}
         unknown.pop(keys[0], None)
         if unknown or keys[0] not in known:
@@ -316,10 +338,39 @@ class TimeCache:
                 known |= {key: scale * value for key, value in zip(group, found, strict=True)}
         return [known[key] for key in keys]
 
+    def seconds_over_places(self, places: Sequence[Place]) -> list[float]:
+        """``seconds_over_places`` of layers, which are timed if they are not known together."""
+        known = self.content["seconds"]
+        names = [_key(place) for place in places]
+        together = hashlib.sha256("\n".join(names).encode()).hexdigest()[:16]
+        keys = [f"{name} in turns with those of {together}" for name in names]
+        if not all(key in known for key in keys):
+
+            def looped(place: Place) -> _Loop:
+                return _looped(**place._asdict(), options=self.options)
+
+            seconds = seconds_over_places(list(compile_together(looped, places)))
+            known |= zip(keys, seconds, strict=True)
+        return [known[key] for key in keys]
+
     def save(self) -> None:
         """Writes the file, whole or not at all; what others put there meanwhile stays."""
         self.content["seconds"] = {**self._kept(), **self.content["seconds"]}
         write_whole(self.file, json.dumps(self.content, indent=1) + "\n")
+
+
+class Place(NamedTuple):
+    """A layer, shape and type of what it is given, and what follows."""
+
+    layer: nnx.Module
+    input_shape: tuple[int, ...]
+    dtype: Any
+    activation: Activation
+
+
+def _key(place: Place) -> str:
+    given = f"{np.dtype(place.dtype).name}{list(place.input_shape)}"
+    return f"{_text(place.layer)} of {given} {place.activation}"
 
 
 def _text(layer: nnx.Module) -> str:
@@ -371,11 +422,12 @@ def measure_times(
     for call in calls:
         key = f"{_text(call.layer)} of {specification(call.input)} {call.activation}"
         alike.setdefault(key, []).append(call)
+    places = {key: _place(same[0], batch_size, dtype) for key, same in alike.items()}
     times: dict[str, LayerTimes] = {}
-    for same in alike.values():
+    for key, same in alike.items():
         call = same[0]
         progress.describe(f"timing {call.path} at batch {batch_size}")
-        timed = partial(_timed, known, call, batch_size, dtype)
+        timed = partial(_timed, known, places[key], dtype)
         chosen = [curves[other.path] for other in same]
         macs = {
             chain: int(cost)
@@ -389,25 +441,34 @@ def measure_times(
             times[other.path] = LayerTimes(dense, curve.candidates, chains)
         known.save()
         progress.advance(len(same))
+    with kept_memory():
+        seconds_of = known.seconds_over_places(list(places.values()))
+    known.save()
+    for same, seconds in zip(alike.values(), seconds_of, strict=True):
+        for path in (call.path for call in same):
+            scale = seconds / times[path].dense
+            times[path] = dataclasses.replace(
+                times[path], dense=seconds, chains=scale * times[path].chains
+            )
     return times
 
 
-def _timed(
-    known: TimeCache,
-    call: LayerCall,
-    batch_size: int,
-    dtype: str | None,
-    chains: Sequence[nnx.Module],
-) -> list[float]:
-    """Seconds of the layer of a call and of chains in its place, computed in a type."""
-    layers = [call.layer, *chains]
+def _place(call: LayerCall, batch_size: int, dtype: str | None) -> Place:
+    """The layer of a call, computed in a type."""
     given = specification(call.input)
     # What a layer is given has the images' axis in front, or the network could not be cut.
     shape = (batch_size * call.rows_per_image, *given.shape[1:])
     if dtype is None:
-        return known.seconds(layers, shape, given.dtype, call.activation)
-    cast = [in_dtype(layer, dtype) for layer in layers]
-    return known.seconds(cast, shape, dtype, call.activation)
+        return Place(call.layer, shape, given.dtype, call.activation)
+    return Place(in_dtype(call.layer, dtype), shape, dtype, call.activation)
+
+
+def _timed(
+    known: TimeCache, place: Place, dtype: str | None, chains: Sequence[nnx.Module]
+) -> list[float]:
+    """Seconds of the layer of a place and of chains in it, computed in a type."""
+    cast = [chain if dtype is None else in_dtype(chain, dtype) for chain in chains]
+    return known.seconds([place.layer, *cast], *place[1:])
 
 
 def _dense_and_chain_seconds(

@@ -174,6 +174,54 @@ def test_what_slows_the_device_down_for_a_while_does_not_count(monkeypatch):
     assert len(passed) > max(stalls)
 
 
+def test_layers_of_all_places_are_timed_in_turns_and_chains_follow(measured, monkeypatch, tmp_path):
+    """Planted: a device that is five times slower while one place after the other is timed."""
+    _, calibration, curves = measured
+    clock, loops = [0.0], {}
+
+    def looped(layer, *, input_shape, **_):
+        size = sum(part.size for part in jax.tree.leaves(nnx.state(layer, nnx.Param)))
+        work = 1e-6 * size * math.prod(input_shape[:3])
+        loops[work] = None
+        return device_times._Loop(work, (), None, [None])
+
+    class Buffers:
+        def __init__(self, loop):
+            pass
+
+        def seconds(self, loop, count):
+            taken = count * loop.program * (1 + 4 * math.sin(clock[0] / 40) ** 2)
+            clock[0] += taken
+            return taken
+
+    monkeypatch.setattr(device_times, "_looped", looped)
+    monkeypatch.setattr(device_times, "_Buffers", Buffers)
+    times = measure_times(calibration.calls, curves, 2, options=None, cache=tmp_path)
+    work = {
+        call.path: looped(call.layer, input_shape=(2, *call.input.aval.shape[1:])).program
+        for call in calibration.calls
+    }
+    first, *others = calibration.calls
+    for call in others:
+        share = times[call.path].dense / times[first.path].dense
+        assert share == pytest.approx(work[call.path] / work[first.path], rel=0.15)
+        for chain, seconds in zip(
+            times[call.path].candidates, times[call.path].chains, strict=True
+        ):
+            network = device_times._chain(call.layer, chain)
+            alone = looped(network, input_shape=(2, *call.input.aval.shape[1:])).program
+            assert seconds / times[call.path].dense == pytest.approx(
+                alone / work[call.path], rel=0.3
+            )
+    # Known, with these: nothing is timed again.
+    before = clock[0]
+    again = measure_times(calibration.calls, curves, 2, options=None, cache=tmp_path)
+    assert clock[0] == before
+    assert {path: found.dense for path, found in again.items()} == {
+        path: found.dense for path, found in times.items()
+    }
+
+
 def test_what_is_timed_later_is_told_in_proportion_to_the_layer_as_it_is(tmp_path, monkeypatch):
     cache = TimeCache(tmp_path, None)
     layer, chain = conv(4, 4), conv(4, 5)
@@ -319,6 +367,7 @@ def test_layers_of_one_shape_are_timed_once(tmp_path, monkeypatch):
 
     monkeypatch.setattr(device_times, "_looped", parameters)
     monkeypatch.setattr(device_times, "seconds_in_turns", list)
+    monkeypatch.setattr(device_times, "seconds_over_places", list)
 
     def timed(*paths):
         asked.clear()
@@ -349,6 +398,7 @@ def test_everything_is_timed_in_the_type_that_was_asked_for(measured, monkeypatc
 
     monkeypatch.setattr(device_times, "_looped", looped)
     monkeypatch.setattr(device_times, "seconds_in_turns", list)
+    monkeypatch.setattr(device_times, "seconds_over_places", list)
     monkeypatch.setattr(latency_budget, "correct_times", lambda _c, _o, times, *_, **__: times)
     plant_times(monkeypatch, lambda network: sum(count_conv_macs(network, IMAGES[:1]).values()))
     planted_compile = latency_budget.compile_inference
