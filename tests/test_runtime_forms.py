@@ -1,5 +1,6 @@
 import json
 
+import jax
 import jax.numpy as jnp
 import networks
 import numpy as np
@@ -29,7 +30,7 @@ def test_every_form_is_timed_and_told(forms, tmp_path, monkeypatch, capsys):
     assert forms.main() == 0
     found = json.loads(out.read_text())
     rows = found["batches"]["2"]
-    assert len(rows) == 11 + 4
+    assert len(rows) == 12 + 4
     assert all(0 < row["low_ms"] <= row["median_ms"] <= row["high_ms"] for row in rows.values())
     table = out.with_suffix(".md").read_text()
     assert table in capsys.readouterr().out
@@ -51,3 +52,19 @@ def test_products_of_matrices_are_the_convolutions(forms):
     products = forms.with_products(model)
     np.testing.assert_allclose(products(images), model(images), rtol=1e-5, atol=1e-5)
     assert products.layers[0].conv_general_dilated is not model.layers[0].conv_general_dilated
+
+
+def test_columns_that_are_computed_at_once_are_those_of_the_convolutions(forms):
+    model = nnx.Sequential(
+        nnx.Conv(4, 6, (3, 3), rngs=nnx.Rngs(0)),
+        nnx.Conv(6, 5, (1, 4), rngs=nnx.Rngs(1)),
+        nnx.Conv(5, 5, (3, 1), rngs=nnx.Rngs(2)),
+        nnx.Conv(5, 5, (3, 3), strides=2, rngs=nnx.Rngs(3)),
+    )
+    images = jnp.asarray(networks.images(2, size=12))[..., :1] * jnp.arange(4.0)
+    columns = forms.with_columns(model)
+    np.testing.assert_allclose(columns(images), model(images), rtol=1e-5, atol=1e-5)
+    # The first two are wide, and have few channels: 4 + 2 and 4 + 3 taps instead of 3 and 4.
+    told = str(jax.make_jaxpr(columns)(images))
+    assert "f32[3,6,4,24]" in told
+    assert "f32[1,7,6,20]" in told
