@@ -53,6 +53,7 @@ STEP = 0.97
 # error; where it has time to spare, so are others with as many more MACs.
 LESS = 0.95
 ROUNDS_BY_MACS = 3
+TIMES, MACS = "times of layers", "MACs"
 
 
 def select_for_latency(
@@ -145,11 +146,12 @@ def select_for_latency(
     tried: list[TimedPlan] = []
     budget = dense / speedup
 
-    def time_and_tell(plan: AccelerationPlan) -> TimedPlan:
+    def time_and_tell(plan: AccelerationPlan, found_by: str) -> TimedPlan:
         timed = time_plan(calibration, compiled, plan, times, seconds)
+        timed = dataclasses.replace(timed, found_by=found_by)
         progress.say(
             f"batch {batch_size}: {timed.original_ms:.2f} ms → {timed.accelerated_ms:.2f} ms,"
-            f" {timed.speedup:.2f}× of {speedup:g}× asked for"
+            f" {timed.speedup:.2f}× of {speedup:g}× asked for, by {found_by}"
         )
         tried.append(timed)
         return timed
@@ -167,7 +169,7 @@ def select_for_latency(
             plan = mixed or plan
             if _tried(plan, tried):
                 break
-            timed = time_and_tell(plan)
+            timed = time_and_tell(plan, TIMES)
             if abs(timed.speedup / speedup - 1) <= TOLERANCE:
                 break
             budget = _next_budget(tried, 1000 * dense, 1 / speedup) / 1000
@@ -175,7 +177,7 @@ def select_for_latency(
         for _ in range(ROUNDS_BY_MACS):
             if plan is None or _tried(plan, tried):
                 break
-            timed = time_and_tell(plan)
+            timed = time_and_tell(plan, MACS)
             if timed.speedup < (1 + TOLERANCE) * speedup:
                 break
             plan = _as_fast_by_macs(calibration, speedup, timed, curves, rules)

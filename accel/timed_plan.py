@@ -30,6 +30,7 @@ class TimedPlan:
         accelerated_ms: The same of a network of the plan's shape, in turns with the original.
         layers_ms: The sum of the times of its layers.
         speedup: Ratio of the medians.
+        found_by: What it was chosen by, ``"times of layers"`` or ``"MACs"``, where a search tells.
     """
 
     plan: AccelerationPlan
@@ -39,6 +40,7 @@ class TimedPlan:
     accelerated_ms: float
     layers_ms: float
     speedup: float
+    found_by: str | None = None
 
     def figures(self) -> dict[str, Any]:
         """All but the plan, for a report."""

@@ -21,6 +21,7 @@ import tyro
 from accel.configuration import load_config
 from accel.experiment import Experiment
 from accel.files import write_whole
+from accel.latency_budget import MACS
 from accel.measurements import measure_sensitivity
 from accel.network_reconstruction import reconstruct
 from accel.plan import AccelerationPlan
@@ -97,9 +98,11 @@ def timed_plans(timed: Mapping[str, Any]) -> list[tuple[dict[str, Any], Accelera
     for batch, measured in timed["batches"].items():
         if "as_fast_as_by_macs" not in measured:
             raise ValueError(f"batch {batch}: the measurement was stopped before its end")
+        as_fast = measured["as_fast_as_by_macs"]
+        by_macs = ", a plan of the fewest MACs" if as_fast.get("found_by") == MACS else ""
         rows = {
             "4× by MACs": measured["mac_plans_4x"]["by MACs"],
-            "by time, as fast": measured["as_fast_as_by_macs"],
+            f"by time, as fast{by_macs}": as_fast,
         }
         for name, row in rows.items():
             if "plan" in row:

@@ -494,8 +494,10 @@ def test_layers_told_too_fast_do_not_lead_away_from_a_better_plan_of_fewer_macs(
     best = error(select_ranks(calibration, speedup, curves=curves))
     assert found().speedup >= 0.985 * speedup
     assert error(found().plan) <= 1.1 * best
+    assert found().figures()["found_by"] == "MACs"
     monkeypatch.setattr(latency_budget, "ROUNDS_BY_MACS", 0)
     assert error(found().plan) > 1.1 * best
+    assert found().figures()["found_by"] == "times of layers"
 
 
 @pytest.mark.parametrize("speedup", [1.6, 2.0])

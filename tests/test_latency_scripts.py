@@ -135,6 +135,8 @@ def test_times_and_then_errors_of_the_same_plans(planted, script, small, tmp_pat
     assert len(row["random_plans"]["plans"]) == 2
     table = out.with_suffix(".md").read_text()
     assert "| 2, bfloat16 | 4× by MACs |" in table
+    by_macs = {"MACs": ", a plan of the fewest MACs", "times of layers": ""}
+    assert f"| 2, bfloat16 | 1.5× by time{by_macs[asked['found_by']]} |" in table
     with pytest.raises(FileExistsError, match=r"budget\.json exists already"):
         run(planted, monkeypatch, config, *options)
     # Errors that are known are not measured again, whatever the images.
@@ -148,7 +150,8 @@ def test_times_and_then_errors_of_the_same_plans(planted, script, small, tmp_pat
     lost = tmp_path / "errors.json"
     assert run(errors, monkeypatch, config, out, "--out", lost, *weights) == 0
     rows = json.loads(lost.read_text())["rows"]
-    assert [row["plan"] for row in rows] == ["4× by MACs", "by time, as fast"]
+    as_fast = f"by time, as fast{by_macs[row['as_fast_as_by_macs']['found_by']]}"
+    assert [row["plan"] for row in rows] == ["4× by MACs", as_fast]
     assert all(0 <= row["metrics"]["top1"]["accelerated"] <= 1 for row in rows)
     assert f"| {rows[0]['speedup']:.2f}× |" in lost.with_suffix(".md").read_text()
     assert not list(tmp_path.glob("*.partial"))
