@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Float64
@@ -60,7 +61,7 @@ PASSES_OVER_PLACES = 9
 # How layers are timed: what was timed otherwise is not comparable.
 FORM = (
     "median of three, each in proportion to the layer as it is; all outputs written, nothing"
-    " copied; weights as inference has them; layers as they are in turns with each other"
+    " copied; weights as inference has them"
 )
 # Elsewhere than on CPU a turn of the loop runs a layer more than once, unless its outputs are
 # larger than this: then the layer takes long enough, and they too much memory to be held often.
@@ -223,8 +224,8 @@ def seconds_in_turns(loops: Sequence[_Loop]) -> list[float]:
 def seconds_over_places(loops: Sequence[_Loop]) -> list[float]:
     """Seconds of one run of layers of different places of a network, in turns with each other.
 
-    Of each the median of its shares of a pass counts, times the least that a pass took. Each turn
-    has memory of its own, so that how one block happens to lie does not count for all of them.
+    Of each the median of its shares of a pass counts, times the least that a pass took. Images and
+    outputs are made anew for each turn, so that those of one place alone are held at a time.
     """
     keep_free_memory()
     passes = []
@@ -242,8 +243,8 @@ class _Buffers:
     """Images and outputs of one place of a network, which all layers use that are timed for it."""
 
     def __init__(self, loop: _Loop):
-        self.images = jax.device_put(np.ones(loop.images.shape, loop.images.dtype))
-        self.outputs = [jax.device_put(np.zeros(o.shape, o.dtype)) for o in loop.outputs]
+        self.images = jnp.ones(loop.images.shape, loop.images.dtype)
+        self.outputs = [jnp.zeros(output.shape, output.dtype) for output in loop.outputs]
 
     def seconds(self, loop: _Loop, count: int) -> float:
         """Seconds of so many turns of the loop."""
@@ -441,6 +442,7 @@ def measure_times(
             times[other.path] = LayerTimes(dense, curve.candidates, chains)
         known.save()
         progress.advance(len(same))
+    progress.describe(f"timing all layers in turns at batch {batch_size}")
     with kept_memory():
         seconds_of = known.seconds_over_places(list(places.values()))
     known.save()

@@ -160,11 +160,9 @@ class Experiment:
         if self.latency_batches:
             check_measurement("latency", self.latency_batches, REPEATS, self.latency_seconds)
         evaluation = self.limited(self.evaluation)
-        if self.metrics or self.distillation is not None:
+        if self.metrics:
             batch = jax.ShapeDtypeStruct((1, *evaluation.image_shape), "float32")
-            shape = output_shape(*forward_function(original), batch, "original network")
-            if self.distillation is not None:
-                self.distillation.check(shape)
+            output_shape(*forward_function(original), batch, "original network")
 
     def load_model(self) -> nnx.Module:
         """The original network.

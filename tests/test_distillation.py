@@ -138,51 +138,6 @@ def test_the_same_seed_gives_the_same_network(pairs, short):
     assert short.history == again.history
 
 
-def test_the_mean_over_views_that_are_all_alike_is_what_the_original_says(pairs):
-    """Nothing is flipped or moved, so that views, drawn otherwise, make no difference."""
-    still = dataclasses.replace(SHORT, flip=False, shift=0.0)
-    averaging = dataclasses.replace(still, averaged_views=3)
-    alone, averaged = (
-        distill(*pairs["residual"], IMAGES, settings=settings) for settings in (still, averaging)
-    )
-    assert alone.best > 0
-    for one, other in zip(alone.history[1:], averaged.history[1:], strict=True):
-        assert other.loss == pytest.approx(one.loss, rel=1e-3)
-        assert other.held_out == pytest.approx(one.held_out, rel=1e-3)
-
-
-def test_outputs_can_be_learned_from_the_mean_over_views(pairs):
-    original, accelerated = pairs["residual"]
-    mirrored = dataclasses.replace(SHORT, epochs=8, learning_rate=1e-2, shift=0.0)
-    averaging = dataclasses.replace(mirrored, averaged_views=64)
-    plain, averaged = (
-        distill(original, accelerated, IMAGES, settings=settings)
-        for settings in (mirrored, averaging)
-    )
-
-    def off(model, images):
-        """From the mean of what the original says to an image and to its mirror image."""
-        networks = [nnx.clone(network) for network in (model, original)]
-        for network in networks:
-            network.eval()
-        told, *views = networks[0](images), networks[1](images), networks[1](images[:, :, ::-1])
-        mean = (views[0] + views[1]) / 2
-        return float(((told - mean) ** 2).sum() / (mean**2).sum())
-
-    held_out = IMAGES[~fitting_images(ArraySource(np.asarray(IMAGES)), 0)]
-    # Half of 64 views are mirrored, nearly.
-    assert averaged.error_before == pytest.approx(off(accelerated, held_out), rel=0.1)
-    assert averaged.error_after == pytest.approx(off(averaged.model, held_out), rel=0.1)
-    assert averaged.error_after < 0.8 * averaged.error_before
-    assert off(averaged.model, FRESH) < off(plain.model, FRESH)
-
-
-def test_means_over_views_of_what_is_no_row_an_image_are_refused(pairs):
-    settings = dataclasses.replace(SHORT, averaged_views=2)
-    with pytest.raises(ValueError, match=r"one row an image .* found outputs of shape \(15, "):
-        distill(*pairs["chain"], IMAGES, settings=settings)
-
-
 def test_steps_of_reduced_precision_are_not_rounded_away(pairs):
     original, accelerated = (in_dtype(model, "bfloat16") for model in pairs["residual"])
     found = distill(original, accelerated, IMAGES, settings=SHORT)
@@ -208,19 +163,18 @@ def test_divergence_is_an_error_that_holds_the_best_network(pairs):
     assert_same_arrays(caught.value.distilled.model, accelerated)
 
 
-@pytest.mark.parametrize("views", [0, 2])
-def test_a_run_that_was_stopped_goes_on_to_the_same_result(pairs, tmp_path, views):
-    settings = dataclasses.replace(SHORT, averaged_views=views)
-    stop = StopAfter(200 + views * len(IMAGES))
+def test_a_run_that_was_stopped_goes_on_to_the_same_result(pairs, short, tmp_path):
     with pytest.raises(Interrupted):
-        distill(*pairs["residual"], IMAGES, settings=settings, resume=tmp_path, progress=stop)
+        distill(
+            *pairs["residual"], IMAGES, settings=SHORT, resume=tmp_path, progress=StopAfter(200)
+        )
     left, whole = Counted(), Counted()
-    resumed = distill(*pairs["residual"], IMAGES, settings=settings, resume=tmp_path, progress=left)
-    told = distill(*pairs["residual"], IMAGES, settings=settings, progress=whole)
+    resumed = distill(*pairs["residual"], IMAGES, settings=SHORT, resume=tmp_path, progress=left)
+    distill(*pairs["residual"], IMAGES, settings=SHORT, progress=whole)
     # What was done before took none of this run's time.
     assert left.done == left.total < whole.total == whole.done
-    assert resumed.history == told.history
-    assert_same_arrays(resumed.model, told.model)
+    assert resumed.history == short.history
+    assert_same_arrays(resumed.model, short.model)
     with pytest.raises(ValueError, match="another problem"):
         distill(*pairs["residual"], IMAGES, settings=SHORT, seed=1, resume=tmp_path)
 
@@ -289,7 +243,6 @@ def test_what_is_not_finite_is_named(pairs):
         {"learning_rate": math.nan},
         {"feature_weight": -1.0},
         {"shift": 1.0},
-        {"averaged_views": -1},
     ],
 )
 def test_settings_are_checked(wrong):

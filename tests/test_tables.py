@@ -24,7 +24,6 @@ from accel.files import locked
 from accel.models import ModelSpec
 from accel.network_reconstruction import solve_layer
 from accel.progress import Progress
-from accel.repair import Distillation
 from accel.rewrite import FactorizedConv
 from accel.tables import Table, make_table
 from accel.tables.grid import folder_record
@@ -188,7 +187,7 @@ def test_whole_network_by_its_command(tmp_path):
 
 
 def test_whole_network_in_all_stages(tmp_path, idx_files, small_experiment):
-    stages = ("plain", "second sweep", "repair", "repair over views", "finetune", "scratch")
+    stages = ("plain", "second sweep", "repair", "finetune", "scratch")
     folders = ["--training.images.folder", idx_files, "--training.held-back.folder", idx_files]
     lines, table = run_smoke(
         *("whole_network", tmp_path / "out", "--stages", *stages),
@@ -208,16 +207,11 @@ def test_whole_network_in_all_stages(tmp_path, idx_files, small_experiment):
         error = line["metrics"]["relative_squared_error"]["accelerated"]
         assert f"| weight SVD | {line['stage']} | {error:.4f} |" in table
     # Each stage made another network of it.
-    assert len({line["metrics"]["relative_squared_error"]["accelerated"] for line in lines}) == 6
+    assert len({line["metrics"]["relative_squared_error"]["accelerated"] for line in lines}) == 5
     by_stage = {line["stage"]: line for line in lines}
     errors = by_stage["second sweep"]["history"]
     assert errors[-1] < errors[0]
-    before = []
-    for repair in ("repair", "repair over views"):
-        assert by_stage[repair]["best_epoch"] in (0, 1)
-        before.append(by_stage[repair]["history"][0]["held_out"]["outputs"])
-    # The mean over views is not what the original says to the image as it is.
-    assert before[0] != pytest.approx(before[1], rel=1e-3)
+    assert by_stage["repair"]["best_epoch"] in (0, 1)
     assert len(by_stage["finetune"]["history"]) == 1
 
 
@@ -607,18 +601,6 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(
     assert message in error
     assert error.count("\n") == 1
     assert not out.exists()
-
-
-def test_answers_are_averaged_over_views_of_rows_alone_and_others_refused_before_the_work():
-    layer = nnx.Conv(1, 4, (3, 3), rngs=nnx.Rngs(0))
-    table = dataclasses.replace(config("whole_network"), stages=("repair",))
-    images = table.experiment.limited(table.experiment.calibration)
-    table.check(layer, images)
-    with pytest.raises(ValueError, match="averaged_views: only outputs of one row"):
-        dataclasses.replace(table, stages=("repair over views",)).check(layer, images)
-    distilled = dataclasses.replace(table.experiment, distillation=Distillation(averaged_views=2))
-    with pytest.raises(ValueError, match="averaged_views: only outputs of one row"):
-        dataclasses.replace(distilled, metrics=()).check(layer)
 
 
 def test_other_configs_replace_experiment_and_training(tmp_path, capfd):

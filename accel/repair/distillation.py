@@ -7,9 +7,7 @@ of them, f are outputs and chosen activations of the original network, f_θ thos
 one. Reconstruction fits one layer after the other and cannot undo in an early layer what hurts a
 late one; this can. Hinton, Vinyals, Dean, arXiv:1503.02531, with the squared error on features of
 Romero et al., arXiv:1412.6550; why both networks must see the same random views: Beyer et al.,
-arXiv:2106.05237. With ``Distillation.averaged_views`` outputs are learned from the mean of the
-original's over many views of an image instead, which is right more often than any one of them
-(Radosavovic et al., arXiv:1712.04440).
+arXiv:2106.05237.
 """
 
 from __future__ import annotations
@@ -64,10 +62,6 @@ class Distillation:
         feature_weight: Weight w of the features.
         flip: Whether images are flipped left to right at random.
         shift: The most that images are moved at random, as a share of their size.
-        averaged_views: If above 0, outputs are compared, held-out ones too, with the mean of the
-            original network's over this many random views of each image, instead of with what it
-            answers to the very view that the accelerated network sees. The network becomes less
-            like the original, and may classify better. For outputs of one row an image alone.
     """
 
     epochs: int = 20
@@ -77,7 +71,6 @@ class Distillation:
     feature_weight: float = 1.0
     flip: bool = True
     shift: float = 0.04
-    averaged_views: int = 0
 
     def __post_init__(self):
         for name in ("epochs", "batch_size"):
@@ -89,16 +82,6 @@ class Distillation:
             raise ValueError(f"feature_weight is 0 or more, found {self.feature_weight}")
         if not 0 <= self.shift < 1:
             raise ValueError(f"shift is a share from 0 to below 1, found {self.shift}")
-        if self.averaged_views < 0:
-            raise ValueError(f"averaged_views is 0 or more, found {self.averaged_views}")
-
-    def check(self, output_shape: Sequence[int]) -> None:
-        """Raises ValueError where a network with such outputs cannot be distilled so."""
-        if self.averaged_views and len(output_shape) != 2:
-            raise ValueError(
-                "averaged_views: only outputs of one row an image can be averaged over views, found"
-                f" outputs of shape {tuple(output_shape)}"
-            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,7 +92,7 @@ class Epoch:
         epoch: Its number from 1; 0 is the network as it was given.
         loss: Mean of the training loss over the epoch's steps; None for epoch 0.
         held_out: E of the features by path and of ``"outputs"``, on the images that are not used
-            for fitting, as they are. Outputs are compared with what they are fitted to.
+            for fitting, as they are.
     """
 
     epoch: int
@@ -204,9 +187,9 @@ def distill(
     fitting = checked_fitting(source, fitting, seed)
     batch_size = min(settings.batch_size, int(fitting.sum()))
     loaded = np.concatenate(list(full_batches(source, batch_size)))[: len(source)]
+    fitted, held_out = loaded[fitting], loaded[~fitting]
     batch = jax.ShapeDtypeStruct((batch_size, *loaded.shape[1:]), loaded.dtype)
-    images_fitted = int(fitting.sum())
-    task = _Task(_Network(original, batch), _Network(accelerated, batch), settings, images_fitted)
+    task = _Task(_Network(original, batch), _Network(accelerated, batch), settings, len(fitted))
 
     trained = task.student.trained
     state = _State(trained, task.optimizer.init(trained), trained, ())
@@ -214,9 +197,6 @@ def distill(
     problem = "" if file is None else task.problem(seed, fitting, loaded)
     if file is not None and file.exists():
         state = _load(file, problem, state)
-    # Epochs count from 1.
-    examples = task.examples(loaded, jax.random.fold_in(jax.random.key(seed), 0), progress)
-    fitted, held_out = examples.at(fitting), examples.at(~fitting)
     if not state.history:
         before = task.errors(trained, held_out)
         for name, error in before.items():
@@ -245,11 +225,11 @@ def distill(
     progress.begin("distilling", left * task.steps * batch_size)
     for epoch in range(len(state.history), settings.epochs + 1):
         order_key, view_key = jax.random.split(jax.random.fold_in(jax.random.key(seed), epoch))
-        order = np.asarray(jax.random.permutation(order_key, images_fitted))
+        order = np.asarray(jax.random.permutation(order_key, len(fitted)))
         parameters, optimizer = state.trained, state.optimizer
         total = 0.0
         for index in range(task.steps):
-            rows = fitted.at(order[index * batch_size : (index + 1) * batch_size])
+            rows = fitted[order[index * batch_size : (index + 1) * batch_size]]
             key = jax.random.fold_in(view_key, index)
             parameters, optimizer, loss = task.step(parameters, optimizer, rows, key)
             total += float(loss)
@@ -268,9 +248,8 @@ def distill(
             _save(file, problem, state)
     result = distilled()
     progress.say(
-        f"distilled: relative squared error of the outputs on {len(held_out.images)} held-out"
-        f" images {result.error_before:.5f} → {result.error_after:.5f},"
-        f" epoch {result.best} is the best"
+        f"distilled: relative squared error of the outputs on {len(held_out)} held-out images"
+        f" {result.error_before:.5f} → {result.error_after:.5f}, epoch {result.best} is the best"
     )
     return result
 
@@ -336,47 +315,32 @@ class _Network:
         return nnx.merge(self.graphdef, jax.tree.unflatten(self.structure, leaves), copy=True)
 
 
-class _Examples(NamedTuple):
-    """Images and what their outputs are to be: None for what the teacher says to each view."""
-
-    images: np.ndarray
-    means: np.ndarray | None
-
-    def at(self, rows: np.ndarray) -> _Examples:
-        """Those at these indices, or where this is True."""
-        return _Examples(self.images[rows], None if self.means is None else self.means[rows])
-
-
 class _Task:
-    """What is minimised, and the jitted functions that do the work.
+    """What is minimised, and the two jitted functions that do the work.
 
     Attributes:
-        batch_size: Images per step.
         compared: Names of what is compared, in order of execution; the outputs come last.
         steps: Steps an epoch.
     """
 
     def __init__(self, teacher: _Network, student: _Network, settings: Distillation, images: int):
         self.teacher, self.student, self.settings = teacher, student, settings
-        self.batch_size = specification(teacher.program.images).shape[0]
+        batch_size = specification(teacher.program.images).shape[0]
         shapes = [network.output_shape for network in (teacher, student)]
-        if shapes[0] != shapes[1] or shapes[0][:1] != (self.batch_size,):
+        if shapes[0] != shapes[1] or shapes[0][:1] != (batch_size,):
             raise ValueError(
-                f"expected outputs of one shape with a row for each of {self.batch_size} images,"
-                f" found {shapes[0]} of the original network and {shapes[1]} of the accelerated one"
+                f"expected outputs of one shape with a row for each of {batch_size} images, found"
+                f" {shapes[0]} of the original network and {shapes[1]} of the accelerated one"
             )
-        settings.check(shapes[0])
         paths = compared_layers(teacher.program, student.program, settings.features)
         self.compared = (*paths, OUTPUTS)
-        self.steps = images // self.batch_size
+        self.steps = images // batch_size
         self.optimizer = descent(settings.learning_rate, self.steps * settings.epochs)
         teach, learn = _answers(teacher.program, paths), _answers(student.program, paths)
 
-        def squares(trained, given, taught, images, means):
+        def squares(trained, given, taught, images):
             """‖f - f_θ‖² and ‖f‖² of everything compared, ``[2, compared, batch]``."""
-            targets = [_at_least_float32(target) for target in teach(taught, images)]
-            if means is not None:
-                targets[-1] = means
+            targets = map(_at_least_float32, teach(taught, images))
             answers = map(_at_least_float32, learn(student.all_parameters(trained, given), images))
             rows = [
                 (_row_squares(target - answer), _row_squares(target))
@@ -387,28 +351,22 @@ class _Task:
         weights = np.full(len(self.compared), settings.feature_weight / max(1, len(paths)))
         weights[-1] = 1.0
 
-        def loss_of(trained, given, taught, views, means):
-            error, energy = squares(trained, given, taught, views, means).sum(axis=2)
+        def loss_of(trained, given, taught, views):
+            error, energy = squares(trained, given, taught, views).sum(axis=2)
             # What is zero in the whole batch (dead channels) has no relative error.
             relative = error / jnp.where(energy > 0, energy, 1)
             return jnp.sum(weights.astype(error.dtype) * relative)
 
         jit = partial(jax.jit, compiler_options=student.program.options)
 
-        see = partial(augment, flip=settings.flip, shift=settings.shift)
-
         @jit
-        def step(trained, optimizer, given, taught, examples, key):
-            views, means = see(examples.images, key), examples.means
-            loss, gradients = jax.value_and_grad(loss_of)(trained, given, taught, views, means)
+        def step(trained, optimizer, given, taught, images, key):
+            views = augment(images, key, flip=settings.flip, shift=settings.shift)
+            loss, gradients = jax.value_and_grad(loss_of)(trained, given, taught, views)
             updates, optimizer = self.optimizer.update(gradients, optimizer, trained)
             return optax.apply_updates(trained, updates), optimizer, loss
 
-        @jit
-        def view_outputs(taught, images, key):
-            return _at_least_float32(teach(taught, see(images, key))[-1])
-
-        self._step, self._squares, self._view_outputs = step, jit(squares), view_outputs
+        self._step, self._squares = step, jit(squares)
         self._given = (student.program.parameters, teacher.program.parameters)
 
     def problem(self, seed: int, fitting: np.ndarray, images: np.ndarray) -> str:
@@ -419,34 +377,17 @@ class _Task:
             (fitting, images, *self.student.arrays, *self.teacher.arrays),
         )
 
-    def examples(self, images: np.ndarray, key: jax.Array, progress: Progress) -> _Examples:
-        """The images and, if so asked, means of the teacher's outputs over views that are drawn."""
-        views = self.settings.averaged_views
-        if not views:
-            return _Examples(images, None)
-        progress.begin("averaging the original's outputs over views", len(images) * views)
-        means = []
-        for index, batch in enumerate(ArraySource(images).batches(self.batch_size)):
-            filled = padded(batch, self.batch_size)
-            keys = jax.random.split(jax.random.fold_in(key, index), views)
-            total = sum(self._view_outputs(self._given[1], filled, key) for key in keys)
-            means.append(np.asarray(total)[: len(batch)] / views)
-            progress.advance(len(batch) * views)
-        return _Examples(images, np.concatenate(means))
-
-    def step(self, trained, optimizer, examples: _Examples, key: jax.Array):
+    def step(self, trained, optimizer, images: np.ndarray, key: jax.Array):
         """One step: the new parameters, the optimizer's new state and the loss before it."""
-        return self._step(trained, optimizer, *self._given, examples, key)
+        return self._step(trained, optimizer, *self._given, images, key)
 
-    def errors(self, trained: Parameters, examples: _Examples) -> dict[str, float]:
+    def errors(self, trained: Parameters, images: np.ndarray) -> dict[str, float]:
         """E of everything compared on these images as they are; NaN where a network answers NaN."""
+        batch_size = specification(self.teacher.program.images).shape[0]
         sums = np.zeros((2, len(self.compared)))
-        for begin in range(0, len(examples.images), self.batch_size):
-            rows = np.arange(begin, min(begin + self.batch_size, len(examples.images)))
-            # Filled up with the last row, so that one compilation serves all.
-            filled = examples.at(np.pad(rows, (0, self.batch_size - len(rows)), mode="edge"))
-            squares = self._squares(trained, *self._given, *filled)
-            sums += np.asarray(squares, np.float64)[:, :, : len(rows)].sum(axis=2)
+        for batch in ArraySource(images).batches(batch_size):
+            squares = self._squares(trained, *self._given, padded(batch, batch_size))
+            sums += np.asarray(squares, np.float64)[:, :, : len(batch)].sum(axis=2)
         error, energy = sums
         for name, value in zip(self.compared, energy, strict=True):
             if not math.isfinite(value):

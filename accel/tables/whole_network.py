@@ -1,10 +1,9 @@
 """Whole networks at equal MACs: rivals that see no image, the paper's chains, the best of all.
 
 Each method accelerates the network at every speedup (``plain``); what it gave can then, without
-labels, be refitted as a whole (``second sweep``) or distilled from the original (``repair``;
-towards the mean of its answers to many views of an image, ``repair over views``), trained further
-on labelled images (``finetune``), and, as the paper's control, trained from fresh parameters
-(``scratch``).
+labels, be refitted as a whole (``second sweep``) or distilled from the original (``repair``),
+trained further on labelled images (``finetune``), and, as the paper's control, trained from fresh
+parameters (``scratch``).
 
 One calibration for each seed and set of decompositions, and one set of error curves, serve all
 speedups. The plain network of a cell is kept in the folder as long as a stage has to start from it:
@@ -75,11 +74,7 @@ METHODS: Mapping[str, Method] = {
 
 PLAIN = "plain"
 SWEEP = "second sweep"
-REPAIR = "repair"
-OVER_VIEWS = "repair over views"
-STAGES = (PLAIN, SWEEP, REPAIR, OVER_VIEWS, "finetune", "scratch")
-# Over how many views of an image answers are averaged for that.
-VIEWS = 32
+STAGES = (PLAIN, SWEEP, "repair", "finetune", "scratch")
 # Those that need labelled images.
 TRAINED = ("finetune", "scratch")
 
@@ -95,8 +90,8 @@ class WholeNetwork(Table):
         repair: How networks are distilled, on the calibration images.
         methods: What is compared, by name; by default all that are known (``METHODS``).
         speedups: Original over accelerated MACs.
-        stages: ``plain``, ``second sweep``, ``repair``, ``repair over views``, ``finetune``,
-            ``scratch``; ``plain``, from which the others start, is always measured.
+        stages: ``plain``, ``second sweep``, ``repair``, ``finetune``, ``scratch``; ``plain``, from
+            which the others start, is always measured.
     """
 
     AXES: ClassVar = ("seeds", "methods", "speedups", "stages")
@@ -127,7 +122,7 @@ class WholeNetwork(Table):
     def unused(self) -> set[str]:
         stages = set(self.stages)
         unused = set() if stages.intersection(TRAINED) else {"training"}
-        return unused if stages.intersection({REPAIR, OVER_VIEWS}) else {*unused, "repair"}
+        return unused if "repair" in stages else {*unused, "repair"}
 
     def check(self, original: nnx.Module, images: PixelSource) -> None:
         check_names("method", self.methods, METHODS)
@@ -135,17 +130,12 @@ class WholeNetwork(Table):
         for speedup in self.speedups:
             check_speedup("speedup", speedup)
         self.experiment.check(original)
-        stages = set(self.stages)
-        if not stages.intersection({REPAIR, OVER_VIEWS, *TRAINED}):
+        if not set(self.stages).intersection(TRAINED):
             return
+        self.training.check()
         batch = jax.ShapeDtypeStruct((1, *images.image_shape), "float32")
         name = type(original).__name__
         shape = output_shape(*forward_function(original), batch, name)
-        for stage in stages.intersection({REPAIR, OVER_VIEWS}):
-            self._repair(stage).check(shape)
-        if not stages.intersection(TRAINED):
-            return
-        self.training.check()
         for labelled in (self.training.images, self.training.held_back):
             if labelled is not None:
                 output_classes(shape, name, self.training.limited(labelled))
@@ -289,12 +279,12 @@ class WholeNetwork(Table):
             )
             told = {"history": list(refitted.history), "seconds": {stage: refitted.seconds}}
             return refitted.model, told
-        if stage in (REPAIR, OVER_VIEWS):
+        if stage == "repair":
             distilled = distill(
                 start.original,
                 model,
                 start.images,
-                settings=self._repair(stage),
+                settings=self.repair,
                 seed=start.seed,
                 resume=checkpoints,
                 progress=progress,
@@ -311,12 +301,6 @@ class WholeNetwork(Table):
         seconds = sum(epoch.seconds for epoch in trained.history)
         history = [dataclasses.asdict(epoch) for epoch in trained.history]
         return trained.model, {"history": history, "seconds": {stage: seconds}}
-
-    def _repair(self, stage: str) -> Distillation:
-        """How a network is distilled in ``repair`` or ``repair over views``."""
-        if stage == REPAIR:
-            return self.repair
-        return dataclasses.replace(self.repair, averaged_views=VIEWS)
 
     def _evaluated(self, line: Line, start: _Start, model: nnx.Module, progress: Progress) -> Line:
         """The line with the metrics."""
