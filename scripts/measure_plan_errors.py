@@ -4,7 +4,8 @@
 
 Of each batch size and type in FILE.json: the plan of 4× fewer MACs, and the plan by time that is
 as fast as it. Their chains are fitted to the experiment's calibration images, from one calibration,
-and evaluated by its metrics.
+and evaluated by its metrics. At last the fitted networks of a batch size and type are timed in
+turns with each other and with the original; the device should have nothing else to do then.
 """
 
 from __future__ import annotations
@@ -16,13 +17,19 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
+import jax
+import numpy as np
 import tyro
+from flax import nnx
 
+from accel.benchmark import time_rounds
 from accel.configuration import load_config
 from accel.experiment import Experiment
 from accel.files import write_whole
+from accel.inference import compile_inference
 from accel.latency_budget import MACS
 from accel.measurements import measure_sensitivity
+from accel.memory import kept_memory, use_one_pool
 from accel.network_reconstruction import reconstruct
 from accel.plan import AccelerationPlan
 from accel.progress import LineProgress
@@ -37,13 +44,16 @@ class Measurement:
         experiment: Network, weights and images.
         out: The file to write; must not exist. The table of it goes beside it. What there is so far
             is in ``out`` with ``.partial`` at its end.
+        seconds: Time for timing the networks of one batch size and type.
     """
 
     experiment: Annotated[tyro.conf.AvoidSubcommands[Experiment], tyro.conf.arg(name="")]
     out: Path
+    seconds: float = 60.0
 
 
 def main() -> int:
+    use_one_pool()
     if len(sys.argv) < 3:
         raise SystemExit("two files are needed: CONFIG, and FILE.json with timed plans")
     config, timed = map(Path, sys.argv[1:3])
@@ -71,19 +81,60 @@ def main() -> int:
         "rows": rows,
     }
     partial = asked.out.with_name(f"{asked.out.name}.partial")
-    fitted: dict[str, dict[str, dict[str, float]]] = {}
+    models: dict[str, nnx.Module] = {}
+    metrics: dict[str, dict[str, dict[str, float]]] = {}
     for row, plan in plans:
         key = plan.to_json()
-        if key not in fitted:
+        if key not in models:
             progress.say(f"fitting: {row['plan']} at batch {row['batch']}")
             result = reconstruct(calibration, plan, sensitivity=sensitivity, progress=progress)
-            fitted[key] = experiment.evaluate(reference, result.model, progress)
-        rows.append({**row, "metrics": fitted[key]})
+            models[key] = result.model
+            metrics[key] = experiment.evaluate(reference, result.model, progress)
+        rows.append({**row, "metrics": metrics[key]})
+        write_whole(partial, json.dumps(found, indent=2) + "\n")
+    for batch in dict.fromkeys(row["batch"] for row in rows):
+        progress.say(f"timing networks in turns at batch {batch}")
+        # What is a plan of both is one network.
+        networks = {
+            plan.to_json(): models[plan.to_json()] for row, plan in plans if row["batch"] == batch
+        }
+        size, dtype = batch.split(", ")
+        shape = (int(size), *images.image_shape)
+        milliseconds = medians_in_turns(original, networks, shape, dtype, asked.seconds)
+        for row, (_, plan) in zip(rows, plans, strict=True):
+            if row["batch"] == batch:
+                row["original_ms"] = milliseconds["original"]
+                row["in_turns_ms"] = milliseconds[plan.to_json()]
         write_whole(partial, json.dumps(found, indent=2) + "\n")
     write_whole(asked.out.with_suffix(".md"), markdown(found))
     partial.replace(asked.out)
     print(markdown(found))
     return 0
+
+
+def medians_in_turns(
+    original: nnx.Module,
+    networks: Mapping[str, nnx.Module],
+    shape: tuple[int, ...],
+    dtype: str,
+    seconds: float,
+) -> dict[str, float]:
+    """Median milliseconds of the original and of the networks for a batch, all in turns."""
+    images = jax.device_put(np.random.default_rng(0).standard_normal(shape, np.float32))
+    compiled = {
+        name: compile_inference(network, shape, dtype)
+        for name, network in {"original": original, **networks}.items()
+    }
+    with kept_memory():
+        times = time_rounds(
+            {
+                name: lambda network=network: jax.block_until_ready(network(images))
+                for name, network in compiled.items()
+            },
+            repeats=1000,
+            seconds=seconds,
+        )
+    return {name: float(np.median(taken)) for name, taken in times.items()}
 
 
 def timed_plans(timed: Mapping[str, Any]) -> list[tuple[dict[str, Any], AccelerationPlan]]:
@@ -114,10 +165,14 @@ def timed_plans(timed: Mapping[str, Any]) -> list[tuple[dict[str, Any], Accelera
 
 def markdown(found: Mapping[str, Any]) -> str:
     """The table of what was found."""
-    text = ["| batch | plan | measured | MACs | metric | value |", "|--:|---|--:|--:|---|--:|"]
+    text = [
+        "| batch | plan | original | accelerated | measured | MACs | metric | value |",
+        "|--:|---|--:|--:|--:|--:|---|--:|",
+    ]
     text += [
-        f"| {row['batch']} | {row['plan']} | {row['speedup']:.2f}× | {row['mac_speedup']:.2f}×"
-        f" | {metric} | {values['accelerated']:.4f} |"
+        f"| {row['batch']} | {row['plan']} | {row['original_ms']:.1f} ms"
+        f" | {row['in_turns_ms']:.1f} ms | {row['original_ms'] / row['in_turns_ms']:.2f}×"
+        f" | {row['mac_speedup']:.2f}× | {metric} | {values['accelerated']:.4f} |"
         for row in found["rows"]
         for metric, values in row["metrics"].items()
     ]

@@ -148,12 +148,18 @@ def test_times_and_then_errors_of_the_same_plans(planted, script, small, tmp_pat
 
     errors = script("measure_plan_errors")
     lost = tmp_path / "errors.json"
-    assert run(errors, monkeypatch, config, out, "--out", lost, *weights) == 0
+    options = ["--out", lost, "--seconds", "0.1", *weights]
+    assert run(errors, monkeypatch, config, out, *options) == 0
     rows = json.loads(lost.read_text())["rows"]
     as_fast = f"by time, as fast{by_macs[row['as_fast_as_by_macs']['found_by']]}"
     assert [row["plan"] for row in rows] == ["4× by MACs", as_fast]
     assert all(0 <= row["metrics"]["top1"]["accelerated"] <= 1 for row in rows)
-    assert f"| {rows[0]['speedup']:.2f}× |" in lost.with_suffix(".md").read_text()
+    # Both in the same turns, with the same original.
+    assert len({row["original_ms"] for row in rows}) == 1
+    for row in rows:
+        measured = row["original_ms"] / row["in_turns_ms"]
+        told = f"| {row['plan']} | {row['original_ms']:.1f} ms | {row['in_turns_ms']:.1f} ms"
+        assert f"{told} | {measured:.2f}× |" in lost.with_suffix(".md").read_text()
     assert not list(tmp_path.glob("*.partial"))
 
 
