@@ -18,7 +18,6 @@ from flax import nnx
 
 from accel.checkpoint import known_spec, load_model, saved_plan
 from accel.cost import count_conv_macs
-from accel.device_times import layer_seconds
 from accel.evaluation.forward import check_dtype, in_dtype
 from accel.files import write_whole
 from accel.inference import Inference, compile_inference, with_any_weights
@@ -37,6 +36,7 @@ from accel.report.benchmark import (
 )
 from accel.report.environment import device_name, versions
 from accel.rewrite import FactorizedConv
+from accel.timing_loops import layer_seconds
 
 LEAST_REPEATS = 3
 REPEATS = 30

@@ -98,8 +98,10 @@ def main() -> int:
         networks = {
             plan.to_json(): models[plan.to_json()] for row, plan in plans if row["batch"] == batch
         }
-        size, dtype = batch.split(", ")
-        shape = (int(size), *images.image_shape)
+        size, dtype = next(
+            (row["batch_size"], row["dtype"]) for row in rows if row["batch"] == batch
+        )
+        shape = (size, *images.image_shape)
         milliseconds = medians_in_turns(original, networks, shape, dtype, asked.seconds)
         for row, (_, plan) in zip(rows, plans, strict=True):
             if row["batch"] == batch:
@@ -149,6 +151,8 @@ def timed_plans(timed: Mapping[str, Any]) -> list[tuple[dict[str, Any], Accelera
     for batch, measured in timed["batches"].items():
         if "as_fast_as_by_macs" not in measured:
             raise ValueError(f"batch {batch}: the measurement was stopped before its end")
+        if missing := {"batch_size", "dtype"} - measured.keys():
+            raise ValueError(f"batch {batch}: expected its {' and '.join(sorted(missing))}")
         as_fast = measured["as_fast_as_by_macs"]
         by_macs = ", a plan of the fewest MACs" if as_fast.get("found_by") == MACS else ""
         rows = {
@@ -157,7 +161,8 @@ def timed_plans(timed: Mapping[str, Any]) -> list[tuple[dict[str, Any], Accelera
         }
         for name, row in rows.items():
             if "plan" in row:
-                figures = {key: row[key] for key in ("speedup", "mac_speedup")}
+                figures = {key: measured[key] for key in ("batch_size", "dtype")}
+                figures |= {key: row[key] for key in ("speedup", "mac_speedup")}
                 plan = AccelerationPlan.from_json(json.dumps(row["plan"]))
                 plans.append(({"batch": batch, "plan": name, **figures}, plan))
     return plans

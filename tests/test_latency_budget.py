@@ -25,6 +25,7 @@ from accel import (
     select_ranks,
     time_correction,
     timed_plan,
+    timing_loops,
 )
 from accel.budgets import Budget
 from accel.compiler import network_options
@@ -35,8 +36,6 @@ from accel.device_times import (
     TimeCache,
     _dense_and_chain_seconds,
     default_cache,
-    layer_seconds,
-    seconds_in_turns,
 )
 from accel.latency_budget import select_for_latency
 from accel.plan import LayerPlan
@@ -46,6 +45,7 @@ from accel.rewrite import chain_for, rewrite
 from accel.selection import select_by_parameters, select_by_time, select_within_error
 from accel.time_correction import correct_times, random_plans
 from accel.timed_plan import TimedPlan, sum_ms, time_plan
+from accel.timing_loops import layer_seconds, seconds_in_turns
 
 KINDS = ("channel", "spatial", "tucker2")
 IMAGES = networks.images(40)
@@ -115,7 +115,7 @@ def test_sixteen_times_the_work_takes_several_times_as_long():
 @pytest.mark.parametrize("kind", ["dense", "1x1", "channel", "spatial", "tucker2"])
 def test_a_layer_is_really_run_each_time(kind, runs_per_turn, monkeypatch):
     """Were the layer moved out of the loop, the time of a run would fall with their number."""
-    monkeypatch.setattr(device_times, "_runs_per_turn", lambda _output_bytes: runs_per_turn)
+    monkeypatch.setattr(timing_loops, "_runs_per_turn", lambda _output_bytes: runs_per_turn)
     layer, shape = conv(64, 64), (4, 32, 32, 64)
     if kind == "1x1":
         layer = nnx.Conv(64, 64, (1, 1), rngs=nnx.Rngs(0))
@@ -165,8 +165,8 @@ def test_what_slows_the_device_down_for_a_while_does_not_count(monkeypatch):
             clock[0] += taken + 0.2
             return taken + stalls.get(len(passed), 0.0)
 
-    monkeypatch.setattr(device_times, "_Buffers", Buffers)
-    loops = [device_times._Loop(name, (), None, [None] * 2) for name in true]
+    monkeypatch.setattr(timing_loops, "_Buffers", Buffers)
+    loops = [timing_loops.Loop(name, (), None, [None] * 2) for name in true]
     dense, *others = seconds_in_turns(loops)
     assert true["as it is"] <= dense <= 2 * true["as it is"]
     proportions = [true[name] / true["as it is"] for name in ("fast", "slow")]
@@ -182,7 +182,7 @@ def test_layers_of_all_places_are_timed_in_turns_and_chains_follow(measured, mon
     def looped(layer, *, input_shape, **_):
         size = sum(part.size for part in jax.tree.leaves(nnx.state(layer, nnx.Param)))
         work = 1e-6 * size * math.prod(input_shape[:3])
-        return device_times._Loop(work, (), None, [None])
+        return timing_loops.Loop(work, (), None, [None])
 
     class Buffers:
         def __init__(self, loop):
@@ -193,8 +193,8 @@ def test_layers_of_all_places_are_timed_in_turns_and_chains_follow(measured, mon
             clock[0] += taken
             return taken
 
-    monkeypatch.setattr(device_times, "_looped", looped)
-    monkeypatch.setattr(device_times, "_Buffers", Buffers)
+    monkeypatch.setattr(device_times, "compile_loop", looped)
+    monkeypatch.setattr(timing_loops, "_Buffers", Buffers)
     times = measure_times(calibration.calls, curves, 2, options=None, cache=tmp_path)
     work = {
         call.path: looped(call.layer, input_shape=(2, *call.input.aval.shape[1:])).program
@@ -233,7 +233,7 @@ def test_what_is_timed_later_is_told_in_proportion_to_the_layer_as_it_is(tmp_pat
 
         monkeypatch.setattr(device_times, "seconds_in_turns", seconds_in_turns)
 
-    monkeypatch.setattr(device_times, "_looped", lambda layer, **_: layer)
+    monkeypatch.setattr(device_times, "compile_loop", lambda layer, **_: layer)
     arguments = ((1, 8, 8, 4), np.float32, "relu")
     in_turns([2.0])
     assert cache.seconds([layer], *arguments) == [2.0]
@@ -364,7 +364,7 @@ def test_layers_of_one_shape_are_timed_once(tmp_path, monkeypatch):
         asked.append(layer)
         return float(sum(part.size for part in jax.tree.leaves(nnx.state(layer, nnx.Param))))
 
-    monkeypatch.setattr(device_times, "_looped", parameters)
+    monkeypatch.setattr(device_times, "compile_loop", parameters)
     monkeypatch.setattr(device_times, "seconds_in_turns", list)
     monkeypatch.setattr(device_times, "seconds_over_places", list)
 
@@ -395,7 +395,7 @@ def test_everything_is_timed_in_the_type_that_was_asked_for(measured, monkeypatc
         types.append(dtype)
         return float(sum(part.size for part in jax.tree.leaves(nnx.state(layer, nnx.Param))))
 
-    monkeypatch.setattr(device_times, "_looped", looped)
+    monkeypatch.setattr(device_times, "compile_loop", looped)
     monkeypatch.setattr(device_times, "seconds_in_turns", list)
     monkeypatch.setattr(device_times, "seconds_over_places", list)
     monkeypatch.setattr(latency_budget, "correct_times", lambda _c, _o, times, *_, **__: times)

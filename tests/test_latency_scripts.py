@@ -189,3 +189,6 @@ def test_a_file_that_holds_no_timed_plans_is_named(script):
         errors.timed_plans({"of": {}, "curves": {}})
     with pytest.raises(ValueError, match="batch 8: the measurement was stopped"):
         errors.timed_plans({"batches": {"8": {"asked": {}}}})
+    # Of the time before types were measured: told before networks are fitted for minutes.
+    with pytest.raises(ValueError, match="batch 8: expected its batch_size and dtype"):
+        errors.timed_plans({"batches": {"8": {"as_fast_as_by_macs": {}}}})
