@@ -13,7 +13,6 @@ from flax import nnx
 
 from accel.calibration import Calibration
 from accel.compiler import network_options
-from accel.device_times import TimeCache, default_cache
 from accel.error_curves import ErrorCurve
 from accel.evaluation.forward import check_dtype, in_dtype
 from accel.files import write_whole
@@ -23,6 +22,7 @@ from accel.plan import AccelerationPlan
 from accel.progress import Progress
 from accel.rank_selection import Rules, check_speedup
 from accel.selection import MEASURED_ERROR, choice_digest, select_by_parameters
+from accel.time_cache import TimeCache, default_cache
 
 
 @dataclasses.dataclass(frozen=True)

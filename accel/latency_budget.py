@@ -86,7 +86,7 @@ def select_for_latency(
             ``measure_times`` where they are not given.
         rules: As in ``accelerate``.
         seconds: Time for timing one plan, in turns with the original.
-        cache: Folder of the times of layers; by default ``accel.device_times.default_cache()``.
+        cache: Folder of the times of layers; by default ``accel.time_cache.default_cache()``.
         progress: Receives what is being done.
 
     Raises:

@@ -29,6 +29,9 @@ from accel.solvers.activations import Activation, activate
 TIMED_SECONDS = 0.02
 # How often everything that could stand in one place is timed, in turns.
 PASSES = 3
+# After how many others the layer as it is is timed again: the longer that takes, the less it tells
+# of the device's speed meanwhile.
+TOGETHER = 16
 # How often the layers of all places are timed in turns: shares of some ten layers, which decide how
 # much of a budget each place is given.
 PASSES_OVER_PLACES = 9
@@ -136,25 +139,17 @@ def _runs_per_turn(output_bytes: int) -> int:
 def seconds_in_turns(loops: Sequence[Loop]) -> list[float]:
     """Seconds of one run of each layer, all of which could stand in one place of a network.
 
-    The first one is the layer as it is. Each pass over them begins and ends with it, and the others
-    are told in proportion to it: of each the median of its proportions counts, times the least that
-    the first one took. So what slows the device down for a while does not make the layer that is
-    timed just then look worse than the others.
+    The first one is the layer as it is, to which the others are told in proportion
+    (``proportions``): of each the median of ``PASSES`` counts, times the least that the first one
+    took. So what slows the device down for a while does not make the layer that is timed just then
+    look worse than the others.
     """
     keep_free_memory()
-    buffers = _Buffers(loops[0])
-    first, *others = (_Timer(loop, buffers) for loop in loops)
-    passes = []
-    for number in range(PASSES):
-        order = (first, *others, first)
-        backwards = number % 2 == 1
-        times = [timer.seconds() for timer in (reversed(order) if backwards else order)]
-        passes.append(times[::-1] if backwards else times)
-    times = np.array(passes)
-    beside = times[:, [0, -1]]
-    proportions = times[:, 1:-1] / beside.mean(axis=1, keepdims=True)
-    least = float(beside.min())
-    return [least, *(least * np.median(proportions, axis=0)).tolist()]
+    first, *others = map(Timer, loops)
+    passes = [proportions(first, others, backwards=number % 2 == 1) for number in range(PASSES)]
+    least = min(found.seconds for found in passes)
+    medians = np.median([found.others for found in passes], axis=0)
+    return [least, *(least * medians).tolist()]
 
 
 def seconds_over_places(loops: Sequence[Loop]) -> list[float]:
@@ -164,15 +159,72 @@ def seconds_over_places(loops: Sequence[Loop]) -> list[float]:
     outputs are made anew for each turn, so that those of one place alone are held at a time.
     """
     keep_free_memory()
+    timers = list(map(Timer, loops))
     passes = []
     for number in range(PASSES_OVER_PLACES):
         backwards = number % 2 == 1
-        order = reversed(loops) if backwards else loops
-        times = [_Timer(loop, _Buffers(loop)).seconds() for loop in order]
+        order = reversed(timers) if backwards else timers
+        times = [timer.seconds(_Buffers(timer.loop)) for timer in order]
         passes.append(times[::-1] if backwards else times)
     times = np.array(passes)
     whole = times.sum(axis=1)
     return (whole.min() * np.median(times / whole[:, None], axis=0)).tolist()
+
+
+class Timer:
+    """Times a layer.
+
+    Attributes:
+        loop: Its program.
+        count: How many turns of it take long enough; 0 before the first time.
+    """
+
+    def __init__(self, loop: Loop):
+        self.loop = loop
+        self.count = 0
+
+    def seconds(self, buffers: _Buffers) -> float:
+        """Seconds of one run of the layer, from as many as take long enough."""
+        if not self.count:
+            # Once before, so that it needs no more memory.
+            buffers.seconds(self.loop, 1)
+            self.count = 1
+        while (passed := buffers.seconds(self.loop, self.count)) < TIMED_SECONDS / 2:
+            self.count = max(2 * self.count, round(TIMED_SECONDS * self.count / passed))
+        return passed / (self.count * len(self.loop.outputs))
+
+
+class Proportions(NamedTuple):
+    """Times of one pass over layers that could stand in one place.
+
+    Attributes:
+        seconds: The least that one run of the layer as it is took.
+        others: What one run of each of the others took, over that of the layer as it is.
+    """
+
+    seconds: float
+    others: list[float]
+
+
+def proportions(first: Timer, others: Sequence[Timer], *, backwards: bool = False) -> Proportions:
+    """Times layers in one pass, in proportion to the layer as it is.
+
+    That is timed before and after every ``TOGETHER`` of them, which are told in proportion to the
+    mean of both.
+
+    Args:
+        first: The layer as it is.
+        others: What could stand in its place.
+        backwards: From the last of the others to the first.
+    """
+    buffers = _Buffers(first.loop)
+    order = list(reversed(others)) if backwards else list(others)
+    beside, found = [first.seconds(buffers)], []
+    for begin in range(0, max(1, len(order)), TOGETHER):
+        taken = [timer.seconds(buffers) for timer in order[begin : begin + TOGETHER]]
+        beside.append(first.seconds(buffers))
+        found += [2 * seconds / (beside[-2] + beside[-1]) for seconds in taken]
+    return Proportions(min(beside), found[::-1] if backwards else found)
 
 
 class _Buffers:
@@ -189,18 +241,3 @@ class _Buffers:
             loop.program(*loop.arguments, count, self.images, self.outputs)
         )
         return time.perf_counter() - start
-
-
-class _Timer:
-    """Times a layer that has run before, so that it needs no more memory."""
-
-    def __init__(self, loop: Loop, buffers: _Buffers):
-        self.loop, self.buffers = loop, buffers
-        self.count = 1
-        buffers.seconds(loop, 1)
-
-    def seconds(self) -> float:
-        """Seconds of one run of the layer, from as many as take long enough."""
-        while (passed := self.buffers.seconds(self.loop, self.count)) < TIMED_SECONDS / 2:
-            self.count = max(2 * self.count, round(TIMED_SECONDS * self.count / passed))
-        return passed / (self.count * len(self.loop.outputs))

@@ -1,7 +1,4 @@
 import dataclasses
-import json
-import math
-import time
 import types
 
 import jax
@@ -10,6 +7,7 @@ import networks
 import numpy as np
 import pytest
 from flax import nnx
+from planted_loops import plant_loops
 
 from accel import (
     accelerate,
@@ -17,42 +15,31 @@ from accel import (
     calibrate,
     compile_inference,
     count_conv_macs,
-    device_times,
-    inference,
     latency_budget,
     measure_errors,
     measure_times,
     select_ranks,
     time_correction,
     timed_plan,
-    timing_loops,
 )
 from accel.budgets import Budget
 from accel.compiler import network_options
-from accel.decompositions import DECOMPOSITIONS
 from accel.device_times import (
-    SHARES,
     LayerTimes,
     TimeCache,
-    _dense_and_chain_seconds,
     default_cache,
 )
 from accel.latency_budget import select_for_latency
 from accel.plan import LayerPlan
 from accel.program import named_layers
 from accel.rank_selection import Candidate
-from accel.rewrite import chain_for, rewrite
+from accel.rewrite import rewrite
 from accel.selection import select_by_parameters, select_by_time, select_within_error
 from accel.time_correction import correct_times, random_plans
 from accel.timed_plan import TimedPlan, sum_ms, time_plan
-from accel.timing_loops import layer_seconds, seconds_in_turns
 
 KINDS = ("channel", "spatial", "tucker2")
 IMAGES = networks.images(40)
-
-
-def conv(inputs, outputs):
-    return nnx.Conv(inputs, outputs, (3, 3), rngs=nnx.Rngs(0))
 
 
 @pytest.fixture(scope="module")
@@ -103,289 +90,6 @@ def compiled(model, calibration):
     return compile_inference(model, (1, *calibration.program.images.aval.shape[1:]))
 
 
-@pytest.mark.optimized
-def test_sixteen_times_the_work_takes_several_times_as_long():
-    small = layer_seconds([conv(32, 32)], (1, 32, 32, 32), np.float32, "relu", None)[0]
-    large = layer_seconds([conv(128, 128)], (1, 32, 32, 128), np.float32, "relu", None)[0]
-    assert 0 < 4 * small < large
-
-
-@pytest.mark.optimized
-@pytest.mark.parametrize("runs_per_turn", [1, 4])
-@pytest.mark.parametrize("kind", ["dense", "1x1", "channel", "spatial", "tucker2"])
-def test_a_layer_is_really_run_each_time(kind, runs_per_turn, monkeypatch):
-    """Were the layer moved out of the loop, the time of a run would fall with their number."""
-    monkeypatch.setattr(timing_loops, "_runs_per_turn", lambda _output_bytes: runs_per_turn)
-    layer, shape = conv(64, 64), (4, 32, 32, 64)
-    if kind == "1x1":
-        layer = nnx.Conv(64, 64, (1, 1), rngs=nnx.Rngs(0))
-    elif kind != "dense":
-        decomposition = DECOMPOSITIONS[kind]
-        ranks = (32, 32) if kind == "tucker2" else (32,)
-        layer = chain_for(layer, decomposition.factors(layer, *ranks))
-    (seconds,) = layer_seconds([layer], shape, np.float32, "identity", None)
-    image = jax.ShapeDtypeStruct((1, *shape[1:]), np.float32)
-    operations = 4 * sum(count_conv_macs(nnx.Sequential(layer), image).values())
-    assert operations > 4 * 32 * 32 * 64 * 60
-    # No core does 2^40 multiply-accumulates a second.
-    assert seconds > operations / 2**40
-
-
-@pytest.mark.optimized
-@pytest.mark.parametrize("constant_bytes", [0, 2**30])
-def test_what_is_handed_over_is_not_in_the_time(constant_bytes, monkeypatch):
-    """Of 100 MB of images the layer reads less than a thousandth; a copy takes much longer."""
-    monkeypatch.setattr(inference, "CONSTANT_BYTES", constant_bytes)
-    layer = nnx.Conv(64, 1, (1, 1), strides=56, rngs=nnx.Rngs(0))
-    images = np.ones((8, 224, 224, 64), np.float32)
-    copied = images.copy()
-    copies = []
-    for _ in range(5):
-        start = time.perf_counter()
-        np.copyto(copied, images)
-        copies.append(time.perf_counter() - start)
-    # Other tests run meanwhile.
-    times = layer_seconds([layer] * 3, images.shape, images.dtype, "relu", None)
-    assert 0 < 2 * min(times) < min(copies)
-
-
-def test_what_slows_the_device_down_for_a_while_does_not_count(monkeypatch):
-    """Planted: a device that is up to twice as slow for some passes, and that stalls once."""
-    true = {"as it is": 4e-3, "fast": 2e-5, "slow": 3e-2}
-    clock, passed, stalls = [0.0], [], {14: 0.5}
-
-    class Buffers:
-        def __init__(self, loop):
-            pass
-
-        def seconds(self, loop, count):
-            passed.append(loop.program)
-            slow = 1 + math.sin(clock[0] / 4) ** 2
-            taken = count * len(loop.outputs) * true[loop.program] * slow
-            clock[0] += taken + 0.2
-            return taken + stalls.get(len(passed), 0.0)
-
-    monkeypatch.setattr(timing_loops, "_Buffers", Buffers)
-    loops = [timing_loops.Loop(name, (), None, [None] * 2) for name in true]
-    dense, *others = seconds_in_turns(loops)
-    assert true["as it is"] <= dense <= 2 * true["as it is"]
-    proportions = [true[name] / true["as it is"] for name in ("fast", "slow")]
-    assert [seconds / dense for seconds in others] == pytest.approx(proportions, rel=0.05)
-    assert len(passed) > max(stalls)
-
-
-def test_layers_of_all_places_are_timed_in_turns_and_chains_follow(measured, monkeypatch, tmp_path):
-    """Planted: a device that is five times slower while one place after the other is timed."""
-    _, calibration, curves = measured
-    clock = [0.0]
-
-    def looped(layer, *, input_shape, **_):
-        size = sum(part.size for part in jax.tree.leaves(nnx.state(layer, nnx.Param)))
-        work = 1e-6 * size * math.prod(input_shape[:3])
-        return timing_loops.Loop(work, (), None, [None])
-
-    class Buffers:
-        def __init__(self, loop):
-            pass
-
-        def seconds(self, loop, count):
-            taken = count * loop.program * (1 + 4 * math.sin(clock[0] / 40) ** 2)
-            clock[0] += taken
-            return taken
-
-    monkeypatch.setattr(device_times, "compile_loop", looped)
-    monkeypatch.setattr(timing_loops, "_Buffers", Buffers)
-    times = measure_times(calibration.calls, curves, 2, options=None, cache=tmp_path)
-    work = {
-        call.path: looped(call.layer, input_shape=(2, *call.input.aval.shape[1:])).program
-        for call in calibration.calls
-    }
-    first, *others = calibration.calls
-    for call in others:
-        share = times[call.path].dense / times[first.path].dense
-        assert share == pytest.approx(work[call.path] / work[first.path], rel=0.15)
-        for chain, seconds in zip(
-            times[call.path].candidates, times[call.path].chains, strict=True
-        ):
-            network = device_times._chain(call.layer, chain)
-            alone = looped(network, input_shape=(2, *call.input.aval.shape[1:])).program
-            assert seconds / times[call.path].dense == pytest.approx(
-                alone / work[call.path], rel=0.3
-            )
-    # Known, with these: nothing is timed again.
-    before = clock[0]
-    again = measure_times(calibration.calls, curves, 2, options=None, cache=tmp_path)
-    assert clock[0] == before
-    assert {path: found.dense for path, found in again.items()} == {
-        path: found.dense for path, found in times.items()
-    }
-
-
-def test_what_is_timed_later_is_told_in_proportion_to_the_layer_as_it_is(tmp_path, monkeypatch):
-    cache = TimeCache(tmp_path, None)
-    layer, chain = conv(4, 4), conv(4, 5)
-    asked = []
-
-    def in_turns(seconds):
-        def seconds_in_turns(loops):
-            asked.append(len(loops))
-            return seconds
-
-        monkeypatch.setattr(device_times, "seconds_in_turns", seconds_in_turns)
-
-    monkeypatch.setattr(device_times, "compile_loop", lambda layer, **_: layer)
-    arguments = ((1, 8, 8, 4), np.float32, "relu")
-    in_turns([2.0])
-    assert cache.seconds([layer], *arguments) == [2.0]
-    in_turns([3.0, 1.5])
-    assert cache.seconds([layer, chain], *arguments) == [2.0, 1.0]
-    in_turns(None)
-    assert cache.seconds([layer, chain], *arguments) == [2.0, 1.0]
-    assert asked == [1, 2]
-
-
-def test_times_are_kept_on_disk_and_damage_is_named(tmp_path):
-    cache = TimeCache(tmp_path, None)
-    layer, shape = conv(4, 4), (1, 8, 8, 4)
-    assert cache.seconds([layer], shape, np.float32, "relu")[0] > 0
-    cache.save()
-    content = json.loads(cache.file.read_text())
-    (key,) = content["seconds"]
-    content["seconds"][key] = 42.0
-    cache.file.write_text(json.dumps(content))
-    assert TimeCache(tmp_path, None).seconds([layer], shape, np.float32, "relu") == [42.0]
-    valid = nnx.Conv(4, 4, (3, 3), padding="VALID", rngs=nnx.Rngs(0))
-    again = TimeCache(tmp_path, None)
-    assert again.seconds([conv(4, 5)], shape, np.float32, "relu")[0] < 42.0
-    assert again.seconds([valid], shape, np.float32, "relu")[0] < 42.0
-    assert again.seconds([layer], (2, 8, 8, 4), np.float32, "relu")[0] < 42.0
-    assert again.seconds([layer], shape, np.float32, "identity")[0] < 42.0
-    assert again.seconds([layer], shape, jnp.bfloat16, "relu")[0] < 42.0
-    # What others measured meanwhile is not lost.
-    again.save()
-    assert cache.seconds([conv(4, 6)], shape, np.float32, "relu")[0] < 42.0
-    cache.save()
-    assert json.loads(cache.file.read_text())["seconds"].keys() == {
-        *again.content["seconds"],
-        *cache.content["seconds"],
-    }
-    cache.file.write_text("[]")
-    with pytest.raises(ValueError, match=r"times-.*json holds no times of layers"):
-        TimeCache(tmp_path, None)
-
-
-@pytest.mark.parametrize("round_ranks_take", [1.0, 0.5])
-def test_times_between_measured_ranks_are_interpolated(measured, round_ranks_take):
-    """With times on two straight lines, multiples of 8 and the rest, all come out exactly."""
-    _, calibration, curves = measured
-    asked = []
-
-    def timed(chains):
-        asked.extend(chains)
-        return [5.0, *(seconds(chain.factors[0].out_features) for chain in chains)]
-
-    def seconds(rank):
-        return rank * (round_ranks_take if rank % 8 == 0 else 1.0)
-
-    call = calibration.calls[1]
-    curve = curves[call.path]
-    curve = curve.chosen([len(candidate.ranks) == 1 for candidate in curve.candidates])
-    candidates = curve.candidates
-    macs = dict(zip(candidates, curve.macs.tolist(), strict=True))
-    dense, found = _dense_and_chain_seconds(call.layer, macs, timed)
-    # Round and other ranks of three kinds.
-    assert len(asked) <= min(len(candidates), 3 * 2 * len(SHARES))
-    chains = np.array([found[candidate] for candidate in candidates])
-    np.testing.assert_allclose(chains, [seconds(c.ranks[0]) for c in candidates])
-    times = LayerTimes(dense, candidates, chains)
-    assert times.of(LayerPlan(call.path)) == 5.0
-    last = candidates[-1]
-    assert times.of(LayerPlan(call.path, last.decomposition, last.ranks)) == seconds(last.ranks[0])
-    with pytest.raises(ValueError, match=f"{call.path}: .* was not timed"):
-        times.of(LayerPlan(call.path, "channel", (10**6,)))
-
-
-@pytest.mark.parametrize("round_ranks_take", [1.0, 0.5])
-def test_times_of_all_kinds_are_interpolated_over_macs(measured, round_ranks_take):
-    """Chains of two ranks, too: with times in proportion to MACs all come out exactly."""
-    _, calibration, curves = measured
-    (call,) = (call for call in calibration.calls if call.path == "dilated")
-    curve = curves["dilated"]
-
-    def timed(chains):
-        # Without strides every factor has as many positions.
-        of_chains = (
-            seconds(
-                [factor.out_features for factor in chain.factors[:-1]],
-                sum(factor.kernel[...].size for factor in chain.factors),
-            )
-            for chain in chains
-        )
-        return [0.0, *of_chains]
-
-    def seconds(ranks, macs):
-        return macs * (round_ranks_take if all(rank % 8 == 0 for rank in ranks) else 1.0)
-
-    macs = dict(zip(curve.candidates, curve.macs, strict=True))
-    _, found = _dense_and_chain_seconds(call.layer, macs, timed)
-    assert {len(candidate.ranks) for candidate in curve.candidates} == {1, 2}
-    positions = math.prod(call.output.aval.shape[1:-1])
-    wanted = [
-        seconds(candidate.ranks, macs / positions)
-        for candidate, macs in zip(curve.candidates, curve.macs, strict=True)
-    ]
-    np.testing.assert_allclose([found[candidate] for candidate in curve.candidates], wanted)
-
-
-class Alike(nnx.Module):
-    """Two convolutions of one shape, and one of another."""
-
-    def __init__(self, rngs: nnx.Rngs):
-        self.stem = nnx.Conv(3, 12, (3, 3), rngs=rngs)
-        self.first = nnx.Conv(12, 12, (3, 3), rngs=rngs)
-        self.second = nnx.Conv(12, 12, (3, 3), rngs=rngs)
-
-    def __call__(self, images):
-        x = nnx.relu(self.stem(images))
-        return nnx.relu(self.second(nnx.relu(self.first(x))))
-
-
-def test_layers_of_one_shape_are_timed_once(tmp_path, monkeypatch):
-    """Each has the chains that its own curve has left; all are timed in one go."""
-    calibration = calibrate(Alike(nnx.Rngs(0)), IMAGES[:20], decompositions=KINDS)
-    curves = measure_errors(calibration)
-    whole = curves["first"]
-    places = np.arange(len(whole.candidates))
-    curves["first"] = whole.chosen((places % 3 != 0).tolist())
-    curves["second"] = whole.chosen((places % 3 != 1).tolist())
-    asked: list[nnx.Module] = []
-
-    def parameters(layer, **arguments):
-        asked.append(layer)
-        return float(sum(part.size for part in jax.tree.leaves(nnx.state(layer, nnx.Param))))
-
-    monkeypatch.setattr(device_times, "compile_loop", parameters)
-    monkeypatch.setattr(device_times, "seconds_in_turns", list)
-    monkeypatch.setattr(device_times, "seconds_over_places", list)
-
-    def timed(*paths):
-        asked.clear()
-        calls = [call for call in calibration.calls if call.path in paths]
-        cache = tmp_path / "-".join(paths)
-        return measure_times(calls, curves, 2, options=None, cache=cache), len(asked)
-
-    both, of_both = timed("first", "second")
-    _, of_one = timed("first")
-    _, of_all = timed("stem", "first", "second")
-    assert of_both <= of_one + 2  # The ends may be others.
-    assert of_all > of_both + 5
-    assert both["first"].dense == both["second"].dense
-    for path in ("first", "second"):
-        assert both[path].candidates == curves[path].candidates
-        kept = [chain.decomposition == "spatial" for chain in both[path].candidates]
-        assert (np.diff(both[path].chains[kept]) > 0).all()
-
-
 def test_everything_is_timed_in_the_type_that_was_asked_for(measured, monkeypatch, tmp_path):
     model, calibration, curves = measured
     layers, types, compiled_in = [], [], []
@@ -395,9 +99,7 @@ def test_everything_is_timed_in_the_type_that_was_asked_for(measured, monkeypatc
         types.append(dtype)
         return float(sum(part.size for part in jax.tree.leaves(nnx.state(layer, nnx.Param))))
 
-    monkeypatch.setattr(device_times, "compile_loop", looped)
-    monkeypatch.setattr(device_times, "seconds_in_turns", list)
-    monkeypatch.setattr(device_times, "seconds_over_places", list)
+    plant_loops(monkeypatch, looped)
     monkeypatch.setattr(latency_budget, "correct_times", lambda _c, _o, times, *_, **__: times)
     plant_times(monkeypatch, lambda network: sum(count_conv_macs(network, IMAGES[:1]).values()))
     planted_compile = latency_budget.compile_inference
