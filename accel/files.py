@@ -24,11 +24,15 @@ def write_whole(file: Path, text: str) -> None:
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path, *, wait: bool = False) -> Iterator[None]:
     """Keeps other processes from writing to a folder. Whatever ends this one lets go of it.
 
+    Args:
+        folder: The folder.
+        wait: Whether to wait until no other process is writing to it.
+
     Raises:
-        FileExistsError: If another process is writing to it.
+        FileExistsError: If another process is writing to it, unless that is waited for.
     """
     if fcntl is None:
         yield
@@ -36,7 +40,7 @@ def locked(folder: Path) -> Iterator[None]:
     handle = os.open(folder, os.O_RDONLY)
     try:
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
             raise FileExistsError(
                 f"another process is writing to {folder}; wait for it, or choose another --out"

@@ -54,6 +54,8 @@ STEP = 0.97
 LESS = 0.95
 ROUNDS_BY_MACS = 3
 TIMES, MACS = "times of layers", "MACs"
+# Plans are timed for longer where the speedup's relative standard error is larger than this.
+PRECISION = 0.01
 
 
 def select_for_latency(
@@ -85,7 +87,8 @@ def select_for_latency(
         times: From ``correct_times`` for this batch size and type, which is called after
             ``measure_times`` where they are not given.
         rules: As in ``accelerate``.
-        seconds: Time for timing one plan, in turns with the original.
+        seconds: Time for timing one plan, in turns with the original; three times as long at most
+            on a device whose speed changes.
         cache: Folder of the times of layers; by default ``accel.time_cache.default_cache()``.
         progress: Receives what is being done.
 
@@ -147,7 +150,7 @@ def select_for_latency(
     budget = dense / speedup
 
     def time_and_tell(plan: AccelerationPlan, found_by: str) -> TimedPlan:
-        timed = time_plan(calibration, compiled, plan, times, seconds)
+        timed = time_plan(calibration, compiled, plan, times, seconds, PRECISION)
         timed = dataclasses.replace(timed, found_by=found_by)
         progress.say(
             f"batch {batch_size}: {timed.original_ms:.2f} ms → {timed.accelerated_ms:.2f} ms,"

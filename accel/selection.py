@@ -280,10 +280,13 @@ def with_rank_multiple(
     if rank_multiple == 1:
         return curves
 
-    def wanted(curve: ErrorCurve) -> list[bool]:
-        return [all(r % rank_multiple == 0 for r in chain.ranks) for chain in curve.candidates]
-
-    kept = _chosen(calibration, curves, wanted, rules)
+    fixed = apply_rules(calibration.widths, rules or {})
+    kept = {
+        path: curve
+        if isinstance(fixed[path], int)
+        else curve.chosen([all(r % rank_multiple == 0 for r in c.ranks) for c in curve.candidates])
+        for path, curve in curves.items()
+    }
     if not any(curve.candidates for curve in kept.values()):
         raise ValueError(
             f"rank_multiple of {rank_multiple}: no layer has a cheaper chain with such ranks"
@@ -297,31 +300,27 @@ def with_promising_chains(
     """The curves without chains that others beat by far, which spares the time of timing them.
 
     These others have no more than ``BEATEN`` times their MACs and no larger error. A heuristic: it
-    is seldom, not never, that so many more MACs take less time. The chains of layers whose rank a
-    rule fixes all stay.
+    is seldom, not never, that so many more MACs take less time. Of layers for which there is a rule
+    the chains stay that it allows.
     """
+    fixed = apply_rules(calibration.widths, rules or {})
+    calls = {call.path: call for call in calibration.calls}
 
-    def wanted(curve: ErrorCurve) -> list[bool]:
+    def wanted(path: str, curve: ErrorCurve) -> list[bool]:
+        rule = fixed[path]
+        if rule == "dense":
+            return [False] * len(curve.candidates)
+        if rule is not None:
+            return [
+                chain.ranks[0] == rule and _on_own_line(calls[path], chain)
+                for chain in curve.candidates
+            ]
         order = np.argsort(curve.macs, kind="stable")
         least = np.minimum.accumulate(np.append(np.inf, curve.errors[order]))
         cheaper = np.searchsorted(curve.macs[order], BEATEN * curve.macs, side="right")
         return (curve.errors < least[cheaper]).tolist()
 
-    return _chosen(calibration, curves, wanted, rules)
-
-
-def _chosen(
-    calibration: Calibration,
-    curves: Mapping[str, ErrorCurve],
-    wanted: Callable[[ErrorCurve], Sequence[bool]],
-    rules: Rules | None,
-) -> dict[str, ErrorCurve]:
-    """The curves of wanted chains alone, except of layers whose rank a rule fixes."""
-    fixed = apply_rules(calibration.widths, rules or {})
-    return {
-        path: curve if isinstance(fixed[path], int) else curve.chosen(wanted(curve))
-        for path, curve in curves.items()
-    }
+    return {path: curve.chosen(wanted(path, curve)) for path, curve in curves.items()}
 
 
 def conv_macs_of(calibration: Calibration, plan: AccelerationPlan) -> int:

@@ -17,7 +17,7 @@ import numpy as np
 from flax import nnx
 
 from accel.compiler import Options, compile_together, matmul_precision
-from accel.files import write_whole
+from accel.files import locked, write_whole
 from accel.memory import one_pool
 from accel.report.environment import device_name, versions
 from accel.solvers.activations import Activation
@@ -81,10 +81,10 @@ class TimeCache:
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{self.file} holds no times of layers: {error!r}") from error
 
-    def proportions(self, place: Place, chain: nnx.Module) -> list[float]:
+    def measured(self, place: Place, chain: nnx.Module) -> list[float]:
         """What one run of a chain took over one of the layer of a place, each time it was measured.
 
-        What is put into this list is kept.
+        ``save`` keeps what is put into this list.
         """
         key = f"{layer_text(chain)} for {place_text(place)}"
         return self._proportions.setdefault(key, [])
@@ -104,16 +104,21 @@ class TimeCache:
         return [self._seconds[key] for key in keys]
 
     def save(self) -> None:
-        """Writes the file, whole or not at all; what others put there meanwhile stays."""
-        seconds, proportions = self._kept()
-        for key, found in self._proportions.items():
-            proportions[key] = max(found, proportions.get(key, []), key=len)
-        content = {
-            "measured_on": self._measured_on,
-            "seconds": {**seconds, **self._seconds},
-            "proportions": {key: found for key, found in proportions.items() if found},
-        }
-        write_whole(self.file, json.dumps(content, indent=1) + "\n")
+        """Writes the file, whole or not at all.
+
+        What others put there meanwhile stays; of a chain that they measured, too, the longer list.
+        """
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        with locked(self.file.parent, wait=True):
+            seconds, proportions = self._kept()
+            for key, found in self._proportions.items():
+                proportions[key] = max(found, proportions.get(key, []), key=len)
+            content = {
+                "measured_on": self._measured_on,
+                "seconds": {**seconds, **self._seconds},
+                "proportions": {key: found for key, found in proportions.items() if found},
+            }
+            write_whole(self.file, json.dumps(content, indent=1) + "\n")
 
 
 def place_text(place: Place) -> str:

@@ -18,7 +18,6 @@ from accel.compiler import compile_together
 from accel.decompositions import DECOMPOSITIONS
 from accel.error_curves import ErrorCurve
 from accel.evaluation.forward import in_dtype
-from accel.memory import keep_free_memory
 from accel.rank_selection import Candidate
 from accel.rewrite import chain_for
 from accel.time_cache import Place, TimeCache
@@ -69,7 +68,7 @@ class TimedChains:
                 before = after if timed[after] == index else after - 1
                 self._next[chain] = (chains[timed[before]], chains[timed[after]])
             for chain in (chains[index] for index in timed):
-                self.measured[chain] = known.proportions(place, self._module(chain))
+                self.measured[chain] = known.measured(place, self._module(chain))
 
     def time(self, chains: Iterable[Candidate], enough: int) -> int:
         """Times chains once more, but for those that were timed ``enough`` times already.
@@ -87,7 +86,6 @@ class TimedChains:
         new = [chain for chain in (None, *wanted) if chain not in self._timers]
         for chain, loop in zip(new, compile_together(self._loop, new), strict=True):
             self._timers[chain] = Timer(loop)
-        keep_free_memory()
         # Every other time from the last to the first.
         backwards = len(self.measured[wanted[0]]) % 2 == 1
         timers = [self._timers[chain] for chain in wanted]
@@ -96,17 +94,31 @@ class TimedChains:
             self.measured[chain].append(proportion)
         return len(wanted)
 
+    def release(self, but: Iterable[Candidate]) -> None:
+        """Frees the memory of all compiled chains but these; others are compiled when needed."""
+        kept = {None, *but}
+        self._timers = {chain: timer for chain, timer in self._timers.items() if chain in kept}
+
     def timed_beside(self, chains: Iterable[Candidate]) -> list[Candidate]:
         """The timed chains between which the times of these are interpolated."""
         return list(dict.fromkeys(timed for chain in chains for timed in self._next[chain]))
 
-    def proportions(self, chains: Sequence[Candidate]) -> Float64[np.ndarray, " k"]:
+    def proportions(
+        self, chains: Sequence[Candidate], hopeful_below: int = 0
+    ) -> Float64[np.ndarray, " k"]:
         """What chains take in proportion to the layer that stands there.
 
         Of chains that are timed, the median; of others, interpolated over MACs. All that are timed
         have been timed once or more.
+
+        Args:
+            chains: The chains.
+            hopeful_below: Of what was timed fewer times, the least counts.
         """
-        medians = {chain: float(np.median(found)) for chain, found in self.measured.items()}
+        medians = {
+            chain: float(min(found) if len(found) < hopeful_below else np.median(found))
+            for chain, found in self.measured.items()
+        }
         beside = [self._next[chain] for chain in chains]
         macs = np.array([self._macs[chain] for chain in chains], np.float64)
 

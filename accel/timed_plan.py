@@ -29,7 +29,8 @@ class TimedPlan:
         original_ms: Median time of the original for a batch, in milliseconds.
         accelerated_ms: The same of a network of the plan's shape, in turns with the original.
         layers_ms: The sum of the times of its layers.
-        speedup: Ratio of the medians.
+        speedup: The original's time over the other's beside it, the median of all rounds.
+        speedup_error: Its relative standard error.
         found_by: What it was chosen by, ``"times of layers"`` or ``"MACs"``, where a search tells.
     """
 
@@ -40,6 +41,7 @@ class TimedPlan:
     accelerated_ms: float
     layers_ms: float
     speedup: float
+    speedup_error: float
     found_by: str | None = None
 
     def figures(self) -> dict[str, Any]:
@@ -53,6 +55,7 @@ def time_plans(
     plans: Sequence[AccelerationPlan],
     times: Mapping[str, LayerTimes],
     seconds: float,
+    precision: float | None = None,
 ) -> Iterator[TimedPlan]:
     """Times networks of the plans' shapes, with any weights, each in turns with the original.
 
@@ -63,6 +66,8 @@ def time_plans(
         plans: What becomes of each layer.
         times: The times of the layers; each of the chains is among those of the error curves.
         seconds: How long to time one plan.
+        precision: How small the relative standard error of a speedup is to be, if that does not
+            take longer than ``PATIENCE`` times ``seconds`` (``accel.benchmark``).
     """
 
     def compiled(plan: AccelerationPlan) -> Inference:
@@ -72,7 +77,9 @@ def time_plans(
     settled: tuple[str, ...] = ()
     for plan, network in zip(plans, compile_together(compiled, plans), strict=True):
         pair = {"original": original, "accelerated": network}
-        row = time_in_turns(pair, repeats=200, seconds=seconds, settled=settled)
+        row = time_in_turns(
+            pair, repeats=200, seconds=seconds, settled=settled, precision=precision
+        )
         settled = ("original",)
         yield TimedPlan(
             plan,
@@ -82,6 +89,7 @@ def time_plans(
             row["accelerated_ms"],
             sum_ms(plan, times),
             row["speedup"],
+            row["speedup_error"],
         )
 
 
@@ -91,9 +99,10 @@ def time_plan(
     plan: AccelerationPlan,
     times: Mapping[str, LayerTimes],
     seconds: float,
+    precision: float | None = None,
 ) -> TimedPlan:
     """``time_plans`` for one plan."""
-    (timed,) = time_plans(calibration, original, [plan], times, seconds)
+    (timed,) = time_plans(calibration, original, [plan], times, seconds, precision)
     return timed
 
 

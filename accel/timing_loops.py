@@ -27,7 +27,7 @@ from accel.solvers.activations import Activation, activate
 
 # A timed program runs a layer for so long.
 TIMED_SECONDS = 0.02
-# How often everything that could stand in one place is timed, in turns.
+# How often everything that could stand in one place is timed, in turns, by ``seconds_in_turns``.
 PASSES = 3
 # After how many others the layer as it is is timed again: the longer that takes, the less it tells
 # of the device's speed meanwhile.
@@ -163,8 +163,10 @@ def seconds_over_places(loops: Sequence[Loop]) -> list[float]:
     passes = []
     for number in range(PASSES_OVER_PLACES):
         backwards = number % 2 == 1
-        order = reversed(timers) if backwards else timers
-        times = [timer.seconds(_Buffers(timer.loop)) for timer in order]
+        times = [
+            timer.seconds(_used_buffers(timer.loop))
+            for timer in (reversed(timers) if backwards else timers)
+        ]
         passes.append(times[::-1] if backwards else times)
     times = np.array(passes)
     whole = times.sum(axis=1)
@@ -217,7 +219,7 @@ def proportions(first: Timer, others: Sequence[Timer], *, backwards: bool = Fals
         others: What could stand in its place.
         backwards: From the last of the others to the first.
     """
-    buffers = _Buffers(first.loop)
+    buffers = _used_buffers(first.loop)
     order = list(reversed(others)) if backwards else list(others)
     beside, found = [first.seconds(buffers)], []
     for begin in range(0, max(1, len(order)), TOGETHER):
@@ -241,3 +243,10 @@ class _Buffers:
             loop.program(*loop.arguments, count, self.images, self.outputs)
         )
         return time.perf_counter() - start
+
+
+def _used_buffers(loop: Loop) -> _Buffers:
+    """Buffers that the layer has run in: its first run in new ones can take a fifth longer."""
+    buffers = _Buffers(loop)
+    buffers.seconds(loop, 1)
+    return buffers

@@ -22,7 +22,7 @@ import numpy as np
 import tyro
 from flax import nnx
 
-from accel.benchmark import time_rounds
+from accel.benchmark import speedup_in_rounds, time_rounds
 from accel.configuration import load_config
 from accel.experiment import Experiment
 from accel.files import write_whole
@@ -102,11 +102,14 @@ def main() -> int:
             (row["batch_size"], row["dtype"]) for row in rows if row["batch"] == batch
         )
         shape = (size, *images.image_shape)
-        milliseconds = medians_in_turns(original, networks, shape, dtype, asked.seconds)
+        milliseconds = times_in_turns(original, networks, shape, dtype, asked.seconds)
         for row, (_, plan) in zip(rows, plans, strict=True):
             if row["batch"] == batch:
-                row["original_ms"] = milliseconds["original"]
-                row["in_turns_ms"] = milliseconds[plan.to_json()]
+                before, after = milliseconds["original"], milliseconds[plan.to_json()]
+                row["original_ms"] = float(np.median(before))
+                row["in_turns_ms"] = float(np.median(after))
+                speedup, error = speedup_in_rounds(before, after)
+                row |= {"in_turns_speedup": speedup, "in_turns_speedup_error": error}
         write_whole(partial, json.dumps(found, indent=2) + "\n")
     write_whole(asked.out.with_suffix(".md"), markdown(found))
     partial.replace(asked.out)
@@ -114,21 +117,21 @@ def main() -> int:
     return 0
 
 
-def medians_in_turns(
+def times_in_turns(
     original: nnx.Module,
     networks: Mapping[str, nnx.Module],
     shape: tuple[int, ...],
     dtype: str,
     seconds: float,
-) -> dict[str, float]:
-    """Median milliseconds of the original and of the networks for a batch, all in turns."""
+) -> dict[str, list[float]]:
+    """Milliseconds of the original and of the networks for a batch, all in turns."""
     images = jax.device_put(np.random.default_rng(0).standard_normal(shape, np.float32))
     compiled = {
         name: compile_inference(network, shape, dtype)
         for name, network in {"original": original, **networks}.items()
     }
     with kept_memory():
-        times = time_rounds(
+        return time_rounds(
             {
                 name: lambda network=network: jax.block_until_ready(network(images))
                 for name, network in compiled.items()
@@ -136,7 +139,6 @@ def medians_in_turns(
             repeats=1000,
             seconds=seconds,
         )
-    return {name: float(np.median(taken)) for name, taken in times.items()}
 
 
 def timed_plans(timed: Mapping[str, Any]) -> list[tuple[dict[str, Any], AccelerationPlan]]:
@@ -176,7 +178,7 @@ def markdown(found: Mapping[str, Any]) -> str:
     ]
     text += [
         f"| {row['batch']} | {row['plan']} | {row['original_ms']:.1f} ms"
-        f" | {row['in_turns_ms']:.1f} ms | {row['original_ms'] / row['in_turns_ms']:.2f}×"
+        f" | {row['in_turns_ms']:.1f} ms | {row['in_turns_speedup']:.2f}×"
         f" | {row['mac_speedup']:.2f}× | {metric} | {values['accelerated']:.4f} |"
         for row in found["rows"]
         for metric, values in row["metrics"].items()

@@ -1,5 +1,6 @@
 import math
 import time
+from collections import Counter
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +24,7 @@ from accel.device_times import ENOUGH, PASSES, LayerTimes
 from accel.plan import LayerPlan
 from accel.rank_selection import Candidate
 from accel.rewrite import chain_for
-from accel.time_cache import Place, TimeCache
+from accel.time_cache import Place, TimeCache, layer_text
 from accel.timed_chains import SHARES, TimedChains
 from accel.timing_loops import layer_seconds, seconds_in_turns
 
@@ -151,7 +152,7 @@ def test_proportions_hold_while_the_device_slows_down(monkeypatch):
     """Planted: slower by a quarter over a pass of 40 layers, forwards and then backwards."""
     turns = []
 
-    def slower():
+    def slower(_layer):
         turns.append(None)
         return 1 + len(turns) / 400
 
@@ -171,7 +172,7 @@ def test_layers_of_all_places_are_timed_in_turns_and_chains_follow(measured, mon
     calibration, curves = measured
     clock = [0]
 
-    def slower():
+    def slower(_layer):
         clock[0] += 1
         return 1 + 4 * math.sin(clock[0] / 100) ** 2
 
@@ -194,15 +195,15 @@ def test_layers_of_all_places_are_timed_in_turns_and_chains_follow(measured, mon
         np.testing.assert_array_equal(found.chains, times[path].chains)
 
 
-def noisy(seed):
+def noisy(seed, off=0.2):
     """Each time that a layer is timed, it is off by a fifth or so."""
     random = np.random.default_rng(seed)
-    return lambda: math.exp(0.2 * random.standard_normal())
+    return lambda _layer: math.exp(off * random.standard_normal())
 
 
 def test_chains_that_plans_are_made_of_are_timed_more_often(measured, monkeypatch, tmp_path):
     calibration, curves = measured
-    plant_loops(monkeypatch, work, noisy(0))
+    plant_loops(monkeypatch, work, noisy(0, 0.05))
     times = measure_times(calibration.calls, curves, 2, options=None, cache=tmp_path)
     cache = TimeCache(tmp_path, None)
     chosen = device_times._chosen(times, curves)
@@ -218,13 +219,11 @@ def test_chains_that_plans_are_made_of_are_timed_more_often(measured, monkeypatc
         assert max(counts) <= ENOUGH
         seldom += counts.count(PASSES)
     assert often >= len(calibration.calls)
-    assert seldom > 3 * often
+    assert seldom > often
 
 
-def test_plans_are_told_less_too_fast_where_their_chains_are_timed_often(
-    measured, monkeypatch, tmp_path
-):
-    """The chains that are chosen are those whose times are off to their favour."""
+def test_plans_are_better_where_their_chains_are_timed_often(measured, monkeypatch, tmp_path):
+    """Planted: what is chosen by noisy times costs more, in truth, than what is best."""
     calibration, curves = measured
     calls = calibration.calls[1:4]
 
@@ -233,22 +232,78 @@ def test_plans_are_told_less_too_fast_where_their_chains_are_timed_often(
         plant_loops(monkeypatch, work, slower)
         return measure_times(calls, curves, 2, options=None, cache=tmp_path / name)
 
-    true = measured_times(PASSES, lambda: 1.0, "true")
+    true = measured_times(PASSES, lambda _layer: 1.0, "true")
+    dense = sum(times.dense for times in true.values())
 
-    def told(enough, seed):
+    def costs(path, times, price):
+        return curves[path].errors + price * times.chains / times.dense * true[path].dense / dense
+
+    def lost(enough, seed):
         times = measured_times(enough, noisy(seed), f"{enough}-{seed}")
-        ratios = []
-        for path, chains in device_times._chosen(times, curves).items():
-            scale = true[path].dense / times[path].dense
-            for chain in chains:
-                layer = LayerPlan(path, chain.decomposition, chain.ranks)
-                ratios.append(scale * times[path].of(layer) / true[path].of(layer))
-        return np.log(ratios).mean()
+        found = 0.0
+        for price in (0.1, 0.3, 1.0):
+            for path, layer in times.items():
+                chosen = costs(path, layer, price).argmin()
+                in_truth = costs(path, true[path], price)
+                found += in_truth[chosen] / in_truth.min() - 1
+        return found
 
-    seldom = np.mean([told(PASSES, seed) for seed in range(4)])
-    often = np.mean([told(ENOUGH, seed) for seed in range(4)])
-    assert seldom < -0.05
-    assert abs(often) < abs(seldom) / 2
+    seldom = np.mean([lost(PASSES, seed) for seed in range(6)])
+    often = np.mean([lost(ENOUGH, seed) for seed in range(6)])
+    assert 0 < often < 0.6 * seldom
+
+
+def test_passes_go_over_the_network_forwards_and_backwards_within_a_place(
+    measured, monkeypatch, tmp_path
+):
+    calibration, curves = measured
+    calls = calibration.calls[:3]
+    monkeypatch.setattr(device_times, "ENOUGH", PASSES)
+    timed = plant_loops(monkeypatch, work)
+    measure_times(calls, curves, 2, options=None, cache=tmp_path)
+    originals = {layer_text(call.layer): call.path for call in calls}
+    # Without layers as they are, each chain before its first time and each time.
+    visits: list[tuple[str, list[str]]] = []
+    for layer, _ in timed:
+        text = layer_text(layer)
+        if text in originals:
+            if not visits or visits[-1][0] != originals[text]:
+                visits.append((originals[text], []))
+        else:
+            visits[-1][1].append(text)
+    chains = [(path, order) for path, order in visits if order]
+    assert [path for path, _ in chains] == [call.path for call in calls] * PASSES
+    for (_, first), (_, second) in zip(chains, chains[len(calls) :], strict=False):
+        assert second == list(dict.fromkeys(first))[::-1]
+
+
+def test_a_chain_that_was_slowed_down_once_is_not_missed(measured, monkeypatch, tmp_path):
+    calibration, curves = measured
+    calls = calibration.calls[2:4]
+
+    def times(stalled, name):
+        runs: Counter[str] = Counter()
+
+        def slower(layer):
+            runs[layer_text(layer)] += 1
+            # The first run is not timed.
+            return 3.0 if layer_text(layer) == stalled and runs[stalled] == 2 else 1.0
+
+        plant_loops(monkeypatch, work, slower)
+        found = measure_times(calls, curves, 2, options=None, cache=tmp_path / name)
+        assert stalled is None or runs[stalled] > ENOUGH
+        return found
+
+    alone = times(None, "alone")
+    chosen = device_times._chosen(alone, curves)
+    call = calls[0]
+    place = device_times._place(call, 2, None)
+    chains = TimedChains(place, [curves[call.path]], None, TimeCache(tmp_path / "none", None))
+    stalled = chains.timed_beside(chosen[call.path])[0]
+    disturbed = times(layer_text(chains._module(stalled)), "disturbed")
+    index = alone[call.path].candidates.index(stalled)
+    assert disturbed[call.path].chains[index] == pytest.approx(alone[call.path].chains[index])
+    assert device_times._chosen(disturbed, curves) == chosen
 
 
 def test_a_run_that_was_stopped_goes_on_with_what_it_timed(measured, monkeypatch, tmp_path):
@@ -256,7 +311,7 @@ def test_a_run_that_was_stopped_goes_on_with_what_it_timed(measured, monkeypatch
     arguments = (calibration.calls, curves, 2)
     turns = []
 
-    def slower():
+    def slower(_layer):
         turns.append(None)
         if len(turns) == 600:
             raise KeyboardInterrupt
@@ -294,13 +349,13 @@ def test_times_are_kept_on_disk_and_damage_is_named(monkeypatch, tmp_path):
     timed = plant_loops(monkeypatch, work)
     cache = TimeCache(tmp_path, None)
     assert cache.seconds([place]) == pytest.approx([work(layer, input_shape=shape)])
-    cache.proportions(place, conv(4, 5)).append(0.5)
+    cache.measured(place, conv(4, 5)).append(0.5)
     cache.save()
     again = TimeCache(tmp_path, None)
     timed.clear()
     assert again.seconds([place]) == cache.seconds([place])
     assert not timed
-    assert again.proportions(place, conv(4, 5)) == [0.5]
+    assert again.measured(place, conv(4, 5)) == [0.5]
     valid = nnx.Conv(4, 4, (3, 3), padding="VALID", rngs=nnx.Rngs(0))
     others = [
         place._replace(layer=conv(4, 5)),
@@ -310,19 +365,19 @@ def test_times_are_kept_on_disk_and_damage_is_named(monkeypatch, tmp_path):
         place._replace(dtype=jnp.bfloat16),
     ]
     for other in others:
-        assert again.proportions(other, conv(4, 5)) == []
+        assert again.measured(other, conv(4, 5)) == []
         timed.clear()
         again.seconds([other])
         assert timed
-    assert again.proportions(place, valid) == []
+    assert again.measured(place, valid) == []
     # What others measured meanwhile is not lost: of the same chain, the longer list.
-    again.proportions(place, conv(4, 5)).append(0.7)
-    again.proportions(place, conv(4, 6)).append(0.6)
+    again.measured(place, conv(4, 5)).append(0.7)
+    again.measured(place, conv(4, 6)).append(0.6)
     again.save()
-    cache.proportions(place, conv(4, 7)).append(0.8)
+    cache.measured(place, conv(4, 7)).append(0.8)
     cache.save()
     last = TimeCache(tmp_path, None)
-    found = [last.proportions(place, conv(4, outputs)) for outputs in (5, 6, 7, 8)]
+    found = [last.measured(place, conv(4, outputs)) for outputs in (5, 6, 7, 8)]
     assert found == [[0.5, 0.7], [0.6], [0.8], []]
     timed.clear()
     last.seconds([others[2]])

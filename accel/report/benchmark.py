@@ -82,7 +82,8 @@ class BatchBenchmark:
         accelerated: The accelerated network.
         macs_speedup: Multiply-accumulates of all convolutions, original over accelerated.
         xla_speedup: ``xla_flops``, original over accelerated; None where the backend does not tell.
-        measured_speedup: Median times, original over accelerated.
+        measured_speedup: Time of the original over that of the accelerated network beside it, the
+            median over the rounds.
         measured_over_macs: ``measured_speedup`` over ``macs_speedup``.
         peers: The original network in other runtimes, by their names.
         layers: Every convolution, in order of execution.

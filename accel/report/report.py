@@ -50,7 +50,7 @@ class Report:
         macs: Multiply-accumulates of all convolutions per image: original, accelerated, speedup.
             Where dense layers had a budget, also theirs, apart: dense_original, dense_accelerated,
             dense_speedup.
-        latency: By batch size: medians in milliseconds and their ratio.
+        latency: By batch size: medians in milliseconds, and the speedup.
         metrics: By name: the original's and the accelerated network's figure.
         layers: Every convolution and, where they had a budget, every dense layer, in order of
             execution.
