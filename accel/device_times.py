@@ -6,11 +6,10 @@ others. Of each kind a few ranks are timed, round and other numbers apart; betwe
 interpolated over MACs.
 
 Single times are noisy, and the chains that plans are made of are those that noise has made look
-fast. So those ranks are timed a few times only, in passes over the whole network; and then again
-and again those that plans would be made of if all that were seldom timed took the least that was
-seen, until these have been timed ``ENOUGH`` times. So plans are told less too fast, and none is
-missed because something else slowed a chain down. What was timed is kept on disk
-(``accel.time_cache``).
+fast. So those ranks are timed twice only, in passes over the whole network, or a third time where
+both times differ by much; and then again and again those that plans would be made of by what is
+known so far, until these have been timed ``ENOUGH`` times. So plans are told less too fast. What
+was timed is kept on disk (``accel.time_cache``).
 
 Times of layers do not quite add up to that of a network, whose compiler fuses across them. So
 ``accel.time_correction`` corrects them, and ``accel.latency_budget`` times each plan as a whole.
@@ -38,8 +37,8 @@ from accel.rank_selection import Candidate
 from accel.time_cache import Place, TimeCache, default_cache, place_text
 from accel.timed_chains import TimedChains
 
-# How often all sampled chains are timed, and how often those that plans would be made of. On CPUs
-# that others used as well, a single time of 20 ms was off by a tenth.
+# How often all sampled chains are timed at least, and how often those that plans would be made of.
+# On CPUs that others used as well, a single time of 20 ms was off by a tenth.
 PASSES = 2
 ENOUGH = 12
 # What plans would be made of: each minimises Σ_l (e_l + price t_l), with e_l the error of what
@@ -118,29 +117,27 @@ def measure_times(
             key: TimedChains(place, [curves[path] for path in alike[key]], dtype, known)
             for key, place in places.items()
         }
-        for number in range(PASSES):
+        for number in range(1, PASSES + 2):
             progress.begin(f"timing chains {at_batch}", len(places))
             for key, chains in timed.items():
-                progress.describe(
-                    f"timing chains for {alike[key][0]} {at_batch}, pass {number + 1} of {PASSES}"
-                )
-                if chains.time(chains.measured, number + 1):
+                progress.describe(f"timing chains for {alike[key][0]} {at_batch}, pass {number}")
+                if chains.time(chains.measured if number <= PASSES else chains.doubtful(), number):
                     known.save()
                 progress.advance(1)
 
-        def times(hopeful_below: int = 0) -> dict[str, LayerTimes]:
+        def times() -> dict[str, LayerTimes]:
             found = {}
             for key, paths in alike.items():
                 for path in paths:
                     candidates = curves[path].candidates
-                    chains = seconds[key] * timed[key].proportions(candidates, hopeful_below)
+                    chains = seconds[key] * timed[key].proportions(candidates)
                     found[path] = LayerTimes(seconds[key], candidates, chains)
             return found
 
         passes = ENOUGH - PASSES
         progress.begin(f"timing chains that plans are made of {at_batch}", passes)
         for number in itertools.count():
-            chosen = _chosen(times(hopeful_below=ENOUGH), curves)
+            chosen = _chosen(times(), curves)
             taken = 0
             for key, chains in timed.items():
                 of_place = itertools.chain.from_iterable(chosen[path] for path in alike[key])

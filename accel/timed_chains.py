@@ -28,6 +28,8 @@ SHARES = (0.0, 0.08, 0.25, 0.6, 1.0)
 # Chains of which all ranks are multiples of this fill vectors and tiles: on CPU a chain of rank 16
 # is faster than one of rank 14. They are timed apart from the others.
 STEP = 8
+# One of two times that are further apart than this is no measure of the chain.
+DOUBTFUL = 1.25
 
 
 class TimedChains:
@@ -103,22 +105,17 @@ class TimedChains:
         """The timed chains between which the times of these are interpolated."""
         return list(dict.fromkeys(timed for chain in chains for timed in self._next[chain]))
 
-    def proportions(
-        self, chains: Sequence[Candidate], hopeful_below: int = 0
-    ) -> Float64[np.ndarray, " k"]:
+    def doubtful(self) -> list[Candidate]:
+        """The timed chains of which two times differ by more than ``DOUBTFUL``."""
+        return [c for c, found in self.measured.items() if max(found) > DOUBTFUL * min(found)]
+
+    def proportions(self, chains: Sequence[Candidate]) -> Float64[np.ndarray, " k"]:
         """What chains take in proportion to the layer that stands there.
 
         Of chains that are timed, the median; of others, interpolated over MACs. All that are timed
         have been timed once or more.
-
-        Args:
-            chains: The chains.
-            hopeful_below: Of what was timed fewer times, the least counts.
         """
-        medians = {
-            chain: float(min(found) if len(found) < hopeful_below else np.median(found))
-            for chain, found in self.measured.items()
-        }
+        medians = {chain: float(np.median(found)) for chain, found in self.measured.items()}
         beside = [self._next[chain] for chain in chains]
         macs = np.array([self._macs[chain] for chain in chains], np.float64)
 
