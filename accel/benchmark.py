@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import time
@@ -121,8 +122,8 @@ def time_in_turns(
         seconds: Time for all timed runs together, as in ``latency``.
         peers: What else takes part in the turns, by name.
         settled: Names of those that ran just before, so that they need not run untimed first.
-        precision: If the speedup's relative standard error is larger when the time is up, they go
-            on, ``PATIENCE`` times as long at most.
+        precision: If the speedup's relative standard error is larger when the time is up or all
+            runs are made, they go on, ``PATIENCE`` times as long at most.
 
     Returns:
         A row of ``latency``, with the times of the peers as well.
@@ -159,7 +160,8 @@ def speedup_in_rounds(
 
     The median of the ratios of times of the same round. What slows the device down for longer than
     a round falls out of them: on CPUs that others used as well this median varied by 1.7 %, the
-    ratio of both medians by 2.9 %. The error is told as if ratios were distributed normally.
+    ratio of both medians by 2.9 %. The error is told as if ratios were distributed normally, and of
+    five rounds or so by a quarter too small.
 
     Args:
         original: Times from ``time_rounds``.
@@ -182,11 +184,11 @@ def time_rounds(
 
     Args:
         runs: What is timed, by name; each ends when its outputs are there.
-        repeats: Most runs of each.
-        seconds: Time for all, as in ``latency``.
+        repeats: Most runs of each, if they are enough.
+        seconds: Time for all, as in ``latency``, if that is enough.
         settled: Names of runs that are left out of the rounds that are not timed.
-        enough: Tells of the times so far, when the time is up, whether they are; if not, more are
-            taken, for ``PATIENCE`` times as long at most.
+        enough: Tells of the times so far, when the time is up or all runs are made, whether they
+            are enough; if not, more are taken, for ``PATIENCE`` times as long at most.
     """
     begin = time.perf_counter()
     for _ in range(SETTLING):
@@ -199,10 +201,10 @@ def time_rounds(
     milliseconds: dict[str, list[float]] = {name: [] for name in runs}
     order = list(runs)
     begin = time.perf_counter()
-    for repeat in range(repeats):
+    for repeat in itertools.count():
         passed = time.perf_counter() - begin
-        up = repeat >= LEAST_REPEATS and passed > seconds
-        if up and (passed > PATIENCE * seconds or enough(milliseconds)):
+        done = repeat >= repeats or (repeat >= LEAST_REPEATS and passed > seconds)
+        if done and (passed > PATIENCE * seconds or enough(milliseconds)):
             break
         for name in order:
             start = time.perf_counter()

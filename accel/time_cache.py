@@ -26,7 +26,7 @@ from accel.timing_loops import Loop, compile_loop, seconds_over_places
 # How layers are timed: what was timed otherwise is not comparable.
 FORM = (
     "chains in proportion to the layer as it is, layers in turns with each other; all outputs"
-    " written, nothing copied; weights as inference has them"
+    " written, nothing copied; weights as inference has them; in buffers used before"
 )
 
 

@@ -21,6 +21,7 @@ from accel.benchmark import (
     SETTLING,
     latency,
     speedup_in_rounds,
+    time_in_turns,
     time_rounds,
     xla_flops,
 )
@@ -66,7 +67,6 @@ def test_a_network_of_an_eighth_of_the_work_is_found_faster():
             *("original_ms", "original_spread_ms", "accelerated_ms", "accelerated_spread_ms"),
             *("speedup", "speedup_error", "runs"),
         }
-        assert row["speedup"] == pytest.approx(row["original_ms"] / row["accelerated_ms"], rel=0.5)
         assert row["speedup"] > 2
         assert row["runs"] == 7
     assert not original.dropout.deterministic
@@ -93,18 +93,58 @@ def test_runs_alternate_and_end_with_the_time():
 def test_a_speedup_holds_while_the_device_slows_down():
     """Planted: twice as fast, each time a tenth off, on a device up to three times as slow."""
     random = np.random.default_rng(0)
-    found = []
+    found, of_medians = [], []
     for _ in range(200):
         slower = np.linspace(1.0, 3.0, 21)[random.permutation(21)]
         original = 2.0 * slower * np.exp(0.1 * random.standard_normal(21))
         accelerated = slower * np.exp(0.1 * random.standard_normal(21))
         found.append(speedup_in_rounds(original, accelerated))
+        of_medians.append(np.median(original) / np.median(accelerated))
     speedups, errors = np.transpose(found)
     assert np.median(speedups) == pytest.approx(2.0, rel=0.01)
-    # The ratio of the medians would vary by more than a tenth.
     assert np.std(speedups) / 2 == pytest.approx(np.mean(errors), rel=0.25)
-    assert np.mean(errors) < 0.05
+    assert np.std(of_medians) > 1.5 * np.std(speedups)
     assert speedup_in_rounds([3.0] * 5, [1.0] * 5) == (3.0, 0.0)
+
+
+def test_networks_are_timed_until_the_speedup_is_precise(monkeypatch):
+    """Planted: ratios of 2.8, 3 and 3.2 by turns; every other round takes twice as long."""
+    clock, calls = [0.0], [0]
+    monkeypatch.setattr("accel.benchmark.time.perf_counter", lambda: clock[0])
+
+    class Network:
+        shape = (1, 2, 2, 1)
+
+        def __init__(self, seconds):
+            self.seconds = seconds
+
+        def __call__(self, images):
+            number = calls[0] // 2
+            calls[0] += 1
+            clock[0] += self.seconds(number % 3) * (1 + number % 2)
+            return images
+
+    networks = {
+        "original": Network(lambda turn: 2.8 + 0.2 * turn),
+        "accelerated": Network(lambda _turn: 1.0),
+    }
+
+    def row(repeats, precision):
+        calls[0] = 0
+        settled = ("original", "accelerated")
+        return time_in_turns(
+            networks, repeats=repeats, seconds=100.0, settled=settled, precision=precision
+        )
+
+    alone = row(1000, None)
+    assert alone["speedup"] == pytest.approx(3.0)
+    assert alone["original_ms"] / alone["accelerated_ms"] != pytest.approx(3.0, rel=0.01)
+    precise = row(1000, 0.02)
+    assert precise["speedup_error"] <= 0.02 < alone["speedup_error"]
+    assert alone["runs"] < precise["runs"] < PATIENCE * alone["runs"]
+    # Nor do few runs end it where they are not enough.
+    assert row(10, None)["runs"] == 10
+    assert row(10, 0.02)["runs"] == precise["runs"]
 
 
 def test_rounds_go_on_where_they_are_not_enough_yet(monkeypatch):
@@ -218,9 +258,7 @@ def test_a_benchmark_holds_what_its_figures_come_from(accelerated_folder, timed_
             assert times["interquartile_range_ms"] >= 0
             assert times["xla_temporary_bytes"] > 0
         assert batch["runs"] >= 3
-        assert batch["measured_speedup"] == pytest.approx(
-            before["median_ms"] / after["median_ms"], rel=0.5
-        )
+        assert batch["measured_speedup"] > 0
         assert batch["macs_speedup"] == found["macs"]["speedup"]
         assert batch["measured_over_macs"] == pytest.approx(
             batch["measured_speedup"] / batch["macs_speedup"]

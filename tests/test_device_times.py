@@ -196,7 +196,7 @@ def test_layers_of_all_places_are_timed_in_turns_and_chains_follow(measured, mon
 
 
 def noisy(seed, off=0.2):
-    """Each time that a layer is timed, it is off by a fifth or so."""
+    """Each time that a layer is timed, it is off by so much."""
     random = np.random.default_rng(seed)
     return lambda _layer: math.exp(off * random.standard_normal())
 
@@ -248,8 +248,8 @@ def test_plans_are_better_where_their_chains_are_timed_often(measured, monkeypat
                 found += in_truth[chosen] / in_truth.min() - 1
         return found
 
-    seldom = np.mean([lost(PASSES, seed) for seed in range(6)])
-    often = np.mean([lost(ENOUGH, seed) for seed in range(6)])
+    seldom = np.mean([lost(PASSES, seed) for seed in range(4)])
+    often = np.mean([lost(ENOUGH, seed) for seed in range(4)])
     assert 0 < often < 0.6 * seldom
 
 

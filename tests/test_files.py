@@ -4,6 +4,7 @@ import dataclasses
 import json
 import subprocess
 import sys
+import threading
 
 import pytest
 
@@ -34,8 +35,19 @@ def test_a_folder_that_another_process_holds_is_refused_until_that_is_killed(tmp
             locked(tmp_path),
         ):
             pass
+        waited = threading.Event()
+
+        def wait():
+            with locked(tmp_path, wait=True):
+                waited.set()
+
+        waiting = threading.Thread(target=wait)
+        waiting.start()
+        assert not waited.wait(0.2)
         other.kill()
         other.wait()
+        waiting.join()
+        assert waited.is_set()
     with locked(tmp_path):
         pass
 

@@ -215,8 +215,12 @@ def test_chains_that_are_beaten_by_far_are_not_kept(measured):
     rules = {"strided": 3, "dilated": "dense"}
     kept = with_promising_chains(calibration, curves, rules=rules)
     assert kept["dilated"].candidates == ()
-    # What the rule allows, by whatever others beat it.
+    # What the rule allows, by whatever others beat it: one rank is fixed, and so is the other.
     assert {chain.ranks[0] for chain in kept["strided"].candidates} == {3}
+    (call,) = (call for call in calibration.calls if call.path == "strided")
+    for chain in kept["strided"].candidates:
+        kind = DECOMPOSITIONS[chain.decomposition]
+        assert chain.ranks in {kind.ranks(call.layer, rank) for rank in range(1, 17)}
     assert {chain.decomposition for chain in kept["strided"].candidates} == {
         chain.decomposition for chain in curves["strided"].candidates
     }
