@@ -6,9 +6,11 @@ import tempfile
 from pathlib import Path
 
 import jax
+import networks
 import numpy as np
 import pytest
 
+from accel import calibrate, measure_errors
 from accel.data import fashion_test_images
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"
@@ -50,6 +52,15 @@ def optimized(request):
     if wanted and jax.config.read("jax_disable_most_optimizations"):
         jax.clear_caches()  # JAX would take what a test before compiled quickly.
     jax.config.update("jax_disable_most_optimizations", not wanted)
+
+
+@pytest.fixture(scope="session")
+def measured_chain():
+    """A small network, its calibration and the error curves of its layers; none may be changed."""
+    model = networks.network("chain")
+    kinds = ("channel", "spatial", "tucker2")
+    calibration = calibrate(model, networks.images(40), decompositions=kinds)
+    return model, calibration, measure_errors(calibration)
 
 
 @pytest.fixture

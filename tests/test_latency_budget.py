@@ -12,11 +12,9 @@ from planted_loops import plant_loops
 from accel import (
     accelerate,
     budgets,
-    calibrate,
     compile_inference,
     count_conv_macs,
     latency_budget,
-    measure_errors,
     measure_times,
     select_ranks,
     time_correction,
@@ -39,11 +37,9 @@ KINDS = ("channel", "spatial", "tucker2")
 IMAGES = networks.images(40)
 
 
-@pytest.fixture(scope="module")
-def measured():
-    model = networks.network("chain")
-    calibration = calibrate(model, IMAGES, decompositions=KINDS)
-    return model, calibration, measure_errors(calibration)
+@pytest.fixture
+def measured(measured_chain):
+    return measured_chain
 
 
 def planted(calibration, curves, seconds_per_mac=1e-9):
