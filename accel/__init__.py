@@ -5,7 +5,6 @@
 """
 
 from accel.accelerate import accelerate
-from accel.benchmark import latency
 from accel.calibration import Calibration, calibrate
 from accel.checkpoint import load_model, save_model
 from accel.cost import count_conv_macs, count_dense_macs, count_macs
@@ -34,6 +33,7 @@ from accel.selection import (
 )
 from accel.time_correction import correct_times
 from accel.timed_plan import TimedPlan
+from accel.timing_rounds import latency
 
 __all__ = [
     "AccelerationPlan",

@@ -24,6 +24,7 @@ from flax import nnx
 
 from accel.budgets import Budget
 from accel.calibration import ALL_KINDS, calibrate, layer_kinds
+from accel.chain_filters import with_rank_multiple
 from accel.error_curves import check_rank_multiple
 from accel.images import ImageSource
 from accel.loss_budget import search_within_loss
@@ -36,7 +37,6 @@ from accel.selection import (
     MEASURED_ERROR,
     check_rank_selection,
     select_ranks,
-    with_rank_multiple,
 )
 from accel.solvers import Solver
 

@@ -19,7 +19,6 @@ import jax
 from flax import nnx
 
 from accel.accelerate import accelerate
-from accel.benchmark import REPEATS, check_measurement, latency
 from accel.calibration import ALL_KINDS, Calibration, calibrate
 from accel.checkpoint import load_model, save_model, saved_spec
 from accel.data import PixelSource
@@ -34,6 +33,7 @@ from accel.progress import Progress
 from accel.rank_selection import Rules
 from accel.repair import Distillation, distill, refit
 from accel.selection import MEASURED_ERROR
+from accel.timing_rounds import REPEATS, check_measurement, latency
 from accel.weights import load
 
 BUNDLED = "bundled"

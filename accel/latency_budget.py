@@ -16,8 +16,8 @@ from pathlib import Path
 
 from flax import nnx
 
-from accel.benchmark import time_in_turns
 from accel.calibration import Calibration
+from accel.chain_filters import with_promising_chains
 from accel.device_times import LayerTimes, measure_times
 from accel.error_curves import ErrorCurve
 from accel.inference import compile_inference
@@ -33,10 +33,10 @@ from accel.selection import (
     select_by_time,
     select_ranks,
     select_within_error,
-    with_promising_chains,
 )
 from accel.time_correction import correct_times
 from accel.timed_plan import TimedPlan, sum_ms, time_plan
+from accel.timing_rounds import time_in_turns
 
 # The search by time ends where a speedup is this close to the one asked for. Of all plans that are
 # not slower than that, the one of the smallest error is taken; if there is none, the fastest,

@@ -7,7 +7,6 @@ one kind. Dense layers have a budget of their own.
 
 from __future__ import annotations
 
-import bisect
 import hashlib
 import itertools
 import math
@@ -18,10 +17,11 @@ import numpy as np
 from flax import nnx
 
 from accel.calibration import Calibration
+from accel.chain_filters import on_own_line
 from accel.decompositions import DECOMPOSITIONS, Decomposition
 from accel.device_times import LayerTimes
 from accel.energies import ranks_by_energy
-from accel.error_curves import ErrorCurve, check_rank_multiple, macs_of, rank_macs
+from accel.error_curves import ErrorCurve, macs_of, rank_macs
 from accel.measurements import measure_errors
 from accel.plan import AccelerationPlan, LayerPlan
 from accel.program import LayerCall, named_layers
@@ -39,8 +39,6 @@ from accel.rank_selection import (
 
 MEASURED_ERROR = "measured_error"
 NANOSECONDS = 1e9
-# See ``with_promising_chains``.
-BEATEN = 0.4
 
 
 def select_ranks(
@@ -254,75 +252,6 @@ def _least_error(
     return math.fsum(errors), chosen
 
 
-def with_rank_multiple(
-    calibration: Calibration,
-    curves: Mapping[str, ErrorCurve],
-    rank_multiple: int,
-    *,
-    rules: Rules | None = None,
-) -> Mapping[str, ErrorCurve]:
-    """The curves with chains alone whose ranks are all multiples of ``rank_multiple``.
-
-    Vectors and tiles of a device are full at such ranks: on CPU (64 channels, tucker2) a chain of
-    ranks 16 took a third less time than one of ranks 18. The chains of layers whose rank a rule
-    fixes all stay.
-
-    Args:
-        calibration: From ``calibrate``.
-        curves: From ``measure_errors`` with the same ``rank_multiple``.
-        rank_multiple: As in ``accelerate``.
-        rules: As in ``accelerate``.
-
-    Raises:
-        ValueError: If no layer has such a chain.
-    """
-    check_rank_multiple(rank_multiple)
-    if rank_multiple == 1:
-        return curves
-
-    fixed = apply_rules(calibration.widths, rules or {})
-    kept = {
-        path: curve
-        if isinstance(fixed[path], int)
-        else curve.chosen([all(r % rank_multiple == 0 for r in c.ranks) for c in curve.candidates])
-        for path, curve in curves.items()
-    }
-    if not any(curve.candidates for curve in kept.values()):
-        raise ValueError(
-            f"rank_multiple of {rank_multiple}: no layer has a cheaper chain with such ranks"
-        )
-    return kept
-
-
-def with_promising_chains(
-    calibration: Calibration, curves: Mapping[str, ErrorCurve], *, rules: Rules | None = None
-) -> Mapping[str, ErrorCurve]:
-    """The curves without chains that others beat by far, which spares the time of timing them.
-
-    These others have no more than ``BEATEN`` times their MACs and no larger error. A heuristic: it
-    is seldom, not never, that so many more MACs take less time. Of layers for which there is a rule
-    the chains stay that it allows.
-    """
-    fixed = apply_rules(calibration.widths, rules or {})
-    calls = {call.path: call for call in calibration.calls}
-
-    def wanted(path: str, curve: ErrorCurve) -> list[bool]:
-        rule = fixed[path]
-        if rule == "dense":
-            return [False] * len(curve.candidates)
-        if rule is not None:
-            return [
-                chain.ranks[0] == rule and _on_own_line(calls[path], chain)
-                for chain in curve.candidates
-            ]
-        order = np.argsort(curve.macs, kind="stable")
-        least = np.minimum.accumulate(np.append(np.inf, curve.errors[order]))
-        cheaper = np.searchsorted(curve.macs[order], BEATEN * curve.macs, side="right")
-        return (curve.errors < least[cheaper]).tolist()
-
-    return {path: curve.chosen(wanted(path, curve)) for path, curve in curves.items()}
-
-
 def conv_macs_of(calibration: Calibration, plan: AccelerationPlan) -> int:
     """MACs per image of all convolutions of a network that a plan has been carried out on."""
     calls = {call.path: call for call in calibration.calls}
@@ -364,26 +293,13 @@ def _layer_errors(
         candidates, errors = curve.candidates, curve.errors
         if isinstance(fixed[call.path], int):
             # A rule fixes a rank, and so the other one, too.
-            own = [_on_own_line(call, candidate) for candidate in candidates]
+            own = [on_own_line(call, candidate) for candidate in candidates]
             candidates = tuple(itertools.compress(candidates, own))
             chains, errors = chains[np.flatnonzero(own)], errors[np.flatnonzero(own)]
         layers.append(
             LayerErrors(call.path, candidates, chains, errors, dense_cost, fixed[call.path])
         )
     return layers
-
-
-def _on_own_line(call: LayerCall, candidate: Candidate) -> bool:
-    """Whether the ranks of a chain are those that its decomposition chooses by one number."""
-    decomposition = DECOMPOSITIONS[candidate.decomposition]
-    largest = decomposition.largest_rank(call.layer)
-    # Along the line the sum of the ranks ascends.
-    place = bisect.bisect_left(
-        range(1, largest + 1),
-        sum(candidate.ranks),
-        key=lambda rank: sum(decomposition.ranks(call.layer, rank)),
-    )
-    return place < largest and decomposition.ranks(call.layer, place + 1) == candidate.ranks
 
 
 def _plan(

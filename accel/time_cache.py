@@ -7,7 +7,9 @@ could stand; of the layers of a network what they took in turns with each other.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -74,10 +76,14 @@ class TimeCache:
             return {}, {}
         try:
             content = json.loads(self.file.read_text())
-            return (
-                {key: float(value) for key, value in content["seconds"].items()},
-                {key: list(map(float, found)) for key, found in content["proportions"].items()},
-            )
+            seconds = {key: float(value) for key, value in content["seconds"].items()}
+            proportions = {
+                key: list(map(float, found)) for key, found in content["proportions"].items()
+            }
+            for time in itertools.chain(seconds.values(), *proportions.values()):
+                if not 0 < time < math.inf:
+                    raise ValueError(f"{time} is no time")
+            return seconds, proportions
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{self.file} holds no times of layers: {error!r}") from error
 

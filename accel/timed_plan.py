@@ -9,13 +9,13 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from accel.benchmark import time_in_turns
 from accel.calibration import Calibration
 from accel.compiler import compile_together
 from accel.device_times import LayerTimes
 from accel.inference import Inference, compile_inference, with_any_weights
 from accel.plan import AccelerationPlan
 from accel.rewrite import rewrite
+from accel.timing_rounds import time_in_turns
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +67,7 @@ def time_plans(
         times: The times of the layers; each of the chains is among those of the error curves.
         seconds: How long to time one plan.
         precision: How small the relative standard error of a speedup is to be, if that does not
-            take longer than ``PATIENCE`` times ``seconds`` (``accel.benchmark``).
+            take longer than ``PATIENCE`` times ``seconds`` (``accel.timing_rounds``).
     """
 
     def compiled(plan: AccelerationPlan) -> Inference:

@@ -26,9 +26,9 @@ import tyro
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
-from accel.benchmark import time_rounds
 from accel.files import write_whole
 from accel.report.environment import command_line, device_name, versions
+from accel.timing_rounds import time_rounds
 
 KERNEL = 3
 # A kernel further off than that, relative to the two convolutions, computes something else.

@@ -31,6 +31,7 @@ import tyro
 from flax import nnx
 
 from accel.calibration import Calibration
+from accel.chain_filters import with_promising_chains, with_rank_multiple
 from accel.configuration import load_config
 from accel.device_times import LayerTimes, measure_times
 from accel.error_curves import ErrorCurve
@@ -48,8 +49,6 @@ from accel.report.environment import command_line, device_name, versions
 from accel.selection import (
     conv_macs_of,
     select_ranks,
-    with_promising_chains,
-    with_rank_multiple,
 )
 from accel.time_correction import correct_times, random_plans
 from accel.timed_plan import TimedPlan, time_plan, time_plans

@@ -22,7 +22,6 @@ import numpy as np
 import tyro
 from flax import nnx
 
-from accel.benchmark import speedup_in_rounds, time_rounds
 from accel.configuration import load_config
 from accel.experiment import Experiment
 from accel.files import write_whole
@@ -34,6 +33,7 @@ from accel.network_reconstruction import reconstruct
 from accel.plan import AccelerationPlan
 from accel.progress import LineProgress
 from accel.report.environment import command_line, device_name, versions
+from accel.timing_rounds import speedup_in_rounds, time_rounds
 
 
 @dataclasses.dataclass(frozen=True)

@@ -27,7 +27,6 @@ import tyro
 from flax import nnx
 
 from accel.batch_norm import find_foldable, fold_batch_norm
-from accel.benchmark import time_rounds
 from accel.compiler import Options, network_options
 from accel.configuration import load_config
 from accel.evaluation.forward import forward_function
@@ -38,6 +37,7 @@ from accel.memory import kept_memory, use_one_pool
 from accel.plan import AccelerationPlan, LayerPlan
 from accel.report.environment import command_line, device_name, versions
 from accel.rewrite import rewrite
+from accel.timing_rounds import time_rounds
 
 COMPILED = "accel.compile_inference"
 # Of that many channels at most, a convolution spends more on gathering what its taps read than on

@@ -16,19 +16,19 @@ import pytest
 from flax import nnx
 
 import accel
-from accel.benchmark import (
+from accel.benchmark import xla_flops
+from accel.cli import main
+from accel.compiler import network_options
+from accel.plan import AccelerationPlan, LayerPlan
+from accel.rewrite import FactorizedConv, rewrite
+from accel.timing_rounds import (
     PATIENCE,
     SETTLING,
     latency,
     speedup_in_rounds,
     time_in_turns,
     time_rounds,
-    xla_flops,
 )
-from accel.cli import main
-from accel.compiler import network_options
-from accel.plan import AccelerationPlan, LayerPlan
-from accel.rewrite import FactorizedConv, rewrite
 
 SIZE = 8
 PLAN = AccelerationPlan(
@@ -110,7 +110,7 @@ def test_a_speedup_holds_while_the_device_slows_down():
 def test_networks_are_timed_until_the_speedup_is_precise(monkeypatch):
     """Planted: ratios of 2.8, 3 and 3.2 by turns; every other round takes twice as long."""
     clock, calls = [0.0], [0]
-    monkeypatch.setattr("accel.benchmark.time.perf_counter", lambda: clock[0])
+    monkeypatch.setattr("accel.timing_rounds.time.perf_counter", lambda: clock[0])
 
     class Network:
         shape = (1, 2, 2, 1)
@@ -149,7 +149,7 @@ def test_networks_are_timed_until_the_speedup_is_precise(monkeypatch):
 
 def test_rounds_go_on_where_they_are_not_enough_yet(monkeypatch):
     clock = [0.0]
-    monkeypatch.setattr("accel.benchmark.time.perf_counter", lambda: clock[0])
+    monkeypatch.setattr("accel.timing_rounds.time.perf_counter", lambda: clock[0])
 
     def run():
         clock[0] += 1.0
@@ -165,7 +165,7 @@ def test_rounds_go_on_where_they_are_not_enough_yet(monkeypatch):
 def test_rounds_before_the_clock_starts_end_with_the_time_given(monkeypatch):
     """Where memory goes back to the system at every run, no round ever finds it."""
     faults = itertools.count(step=10_000)
-    monkeypatch.setattr("accel.benchmark.page_faults", lambda: next(faults))
+    monkeypatch.setattr("accel.timing_rounds.page_faults", lambda: next(faults))
     calls = []
     runs = {"a": lambda: calls.append(time.sleep(0.01))}
     found = time_rounds(runs, repeats=3, seconds=10)
@@ -177,7 +177,7 @@ def test_rounds_before_the_clock_starts_end_with_the_time_given(monkeypatch):
 
 def test_what_ran_just_before_is_left_out_of_rounds_before_the_clock(monkeypatch):
     faults = itertools.count(step=10_000)
-    monkeypatch.setattr("accel.benchmark.page_faults", lambda: next(faults))
+    monkeypatch.setattr("accel.timing_rounds.page_faults", lambda: next(faults))
     calls = {"before": 0, "new": 0}
 
     def counted(name):

@@ -381,9 +381,10 @@ def test_times_are_kept_on_disk_and_damage_is_named(monkeypatch, tmp_path):
     timed.clear()
     last.seconds([others[2]])
     assert not timed
-    cache.file.write_text("[]")
-    with pytest.raises(ValueError, match=r"times-.*json holds no times of layers"):
-        TimeCache(tmp_path, None)
+    for damage, told in (("[]", ""), (cache.file.read_text().replace("0.8", "NaN"), ".*nan is no")):
+        cache.file.write_text(damage)
+        with pytest.raises(ValueError, match=rf"times-.*json holds no times of layers{told}"):
+            TimeCache(tmp_path, None)
 
 
 @pytest.mark.parametrize("round_ranks_take", [1.0, 0.5])

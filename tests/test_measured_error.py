@@ -13,9 +13,9 @@ from flax import nnx
 
 import accel
 from accel import calibrate, measure_errors, select_ranks
+from accel.chain_filters import BEATEN, with_promising_chains, with_rank_multiple
 from accel.decompositions import DECOMPOSITIONS
 from accel.rank_selection import Candidate, LayerErrors, measured_error
-from accel.selection import BEATEN, with_promising_chains, with_rank_multiple
 
 IMAGES = networks.images(40)
 KINDS = ("channel", "spatial")

@@ -39,7 +39,7 @@ def summary(report: Report) -> RenderableType:
     lines = [
         *(
             f"batch {batch}: {time['original_ms']:.2f} ms → {time['accelerated_ms']:.2f} ms,"
-            f" {time['speedup']:.2f}× measured"
+            f" {time['speedup']:.2f}× measured, round by round"
             for batch, time in report.latency.items()
         ),
         *(

@@ -15,11 +15,11 @@ import jax
 from flax import nnx
 
 from accel.batch_norm import find_foldable, fold_batch_norm
-from accel.benchmark import latency
 from accel.inference import with_any_weights
 from accel.plan import AccelerationPlan, LayerPlan
 from accel.progress import Progress
 from accel.rewrite import rewrite
+from accel.timing_rounds import latency
 
 Line = dict[str, Any]
 
