@@ -40,7 +40,7 @@ from accel.timed_chains import TimedChains
 # How often all sampled chains are timed at least, and how often those that plans would be made of.
 # On CPUs that others used as well, a single time of 20 ms was off by a tenth.
 PASSES = 2
-ENOUGH = 12
+ENOUGH = 10
 # What plans would be made of: each minimises Σ_l (e_l + price t_l), with e_l the error of what
 # layer l is replaced by and t_l its time as a share of the original's, for one of these prices; and
 # by the sum of these times, which are not corrected yet, is so many times faster or more.

@@ -35,7 +35,7 @@ from accel.rank_selection import Rules
 from accel.selection import least_seconds, select_by_time
 from accel.timed_plan import TimedPlan, time_plans
 
-PLANS = 24
+PLANS = 18
 # λ: so that a kind that is in few of the plans has about the mean scale.
 RIDGE = 0.03
 # δ: a plan that is off by more counts as an outlier.
