@@ -24,7 +24,7 @@ from flax import nnx
 
 from accel.budgets import Budget
 from accel.calibration import ALL_KINDS, calibrate, layer_kinds
-from accel.chain_filters import with_rank_multiple
+from accel.chain_filters import VECTOR, with_rank_multiple
 from accel.error_curves import check_rank_multiple
 from accel.images import ImageSource
 from accel.loss_budget import search_within_loss
@@ -165,8 +165,10 @@ def accelerate(
     if rank_selection == MEASURED_ERROR or reconstruction == JOINT:
         sensitivity = measure_sensitivity(calibration, progress=progress)
     if rank_selection == MEASURED_ERROR:
+        # Of these a budget in time takes little else (``with_promising_chains``).
+        multiple = VECTOR if budget.in_time and rank_multiple == 1 else rank_multiple
         measured = measure_errors(
-            calibration, sensitivity, rank_multiple=rank_multiple, progress=progress
+            calibration, sensitivity, rank_multiple=multiple, progress=progress
         )
         curves = with_rank_multiple(calibration, measured, rank_multiple, rules=rules)
     reconstructed = partial(

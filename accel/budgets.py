@@ -55,6 +55,11 @@ class Budget:
         return {name: value for name, value in named.items() if value is not None}
 
     @property
+    def in_time(self) -> bool:
+        """Whether it is one in measured time."""
+        return self.latency_speedup is not None or self.latency_ms is not None
+
+    @property
     def allowed_loss(self) -> AllowedLoss | None:
         """The budget that only a search keeps (``search_within_loss``), where it is one of these.
 
@@ -89,7 +94,7 @@ class Budget:
             raise ValueError(
                 f"{name} is a budget of convolutions: dense_speedup cannot be given, too"
             )
-        if name in ("latency_speedup", "latency_ms"):
+        if self.in_time:
             # A cache that is damaged or cannot be written shows now, not after the long work.
             TimeCache(default_cache(), network_options(model)).save()
             if self.latency_dtype is not None:

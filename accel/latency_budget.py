@@ -17,7 +17,7 @@ from pathlib import Path
 from flax import nnx
 
 from accel.calibration import Calibration
-from accel.chain_filters import with_promising_chains
+from accel.chain_filters import VECTOR, with_promising_chains
 from accel.device_times import LayerTimes, measure_times
 from accel.error_curves import ErrorCurve
 from accel.inference import compile_inference
@@ -120,7 +120,8 @@ def select_for_latency(
             )
     assert speedup is not None
     progress = progress or Progress()
-    curves = measure_errors(calibration, progress=progress) if curves is None else curves
+    if curves is None:
+        curves = measure_errors(calibration, rank_multiple=VECTOR, progress=progress)
     calls = [call for call in calibration.calls if isinstance(call.layer, nnx.Conv)]
     if times is None:
         curves = with_promising_chains(calibration, curves, rules=rules)

@@ -1,6 +1,6 @@
 """The chains that could stand in one place of a network, some of which are timed.
 
-Of each kind a few ranks are timed, round and other numbers apart; between them times are
+Of each kind a few ranks are timed, those that fill vectors and others apart; between them times are
 interpolated over MACs.
 """
 
@@ -14,6 +14,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Float64
 
+from accel.chain_filters import fills_vectors
 from accel.compiler import compile_together
 from accel.decompositions import DECOMPOSITIONS
 from accel.error_curves import ErrorCurve
@@ -25,9 +26,6 @@ from accel.timing_loops import Loop, Timer, compile_loop, proportions
 
 # Which chains are timed, as places among those of one kind by ascending MACs, from first to last.
 SHARES = (0.0, 0.08, 0.25, 0.6, 1.0)
-# Chains of which all ranks are multiples of this fill vectors and tiles: on CPU a chain of rank 16
-# is faster than one of rank 14. They are timed apart from the others.
-STEP = 8
 # One of two times that are further apart than this is no measure of the chain.
 DOUBTFUL = 1.25
 
@@ -58,8 +56,7 @@ class TimedChains:
         }
         kinds: dict[tuple[str, bool], list[Candidate]] = {}
         for chain in sorted(self._macs, key=lambda chain: self._macs[chain]):
-            step = all(rank % STEP == 0 for rank in chain.ranks)
-            kinds.setdefault((chain.decomposition, step), []).append(chain)
+            kinds.setdefault((chain.decomposition, fills_vectors(chain)), []).append(chain)
         # The timed ones of the same kind that are next to a chain, itself if it is timed.
         self._next: dict[Candidate, tuple[Candidate, Candidate]] = {}
         self.measured: dict[Candidate, list[float]] = {}

@@ -31,7 +31,7 @@ import tyro
 from flax import nnx
 
 from accel.calibration import Calibration
-from accel.chain_filters import with_promising_chains, with_rank_multiple
+from accel.chain_filters import VECTOR, with_promising_chains, with_rank_multiple
 from accel.configuration import load_config
 from accel.device_times import LayerTimes, measure_times
 from accel.error_curves import ErrorCurve
@@ -131,14 +131,14 @@ Curves = Mapping[str, ErrorCurve]
 def _curves(
     asked: Measurement, progress: LineProgress
 ) -> tuple[Calibration, Mapping[int, Curves], nnx.Module]:
-    """The calibration, error curves by what ranks are multiples of, and the original network."""
+    """The calibration, error curves by what ranks are rounded to, and the original network."""
     known, experiment = asked.curves.exists(), asked.experiment
     curves: Mapping[int, Curves] = {}
     of = {
         "model": dataclasses.asdict(experiment.model),
         "decompositions": list(experiment.decompositions),
         "rules": dict(experiment.rules),
-        "multiples": sorted({*MAC_PLANS.values(), experiment.rank_multiple}),
+        "multiples": sorted({*MAC_PLANS.values(), VECTOR, experiment.rank_multiple}),
     }
     if known:
         curves = from_json(asked.curves.read_text(), of, asked.curves.name)
@@ -160,11 +160,7 @@ def _curves(
             for multiple in of["multiples"]
         }
         write_whole(asked.curves, to_json(curves, of))
-    chosen = {
-        multiple: with_rank_multiple(calibration, found, multiple, rules=experiment.rules)
-        for multiple, found in curves.items()
-    }
-    return calibration, chosen, original
+    return calibration, curves, original
 
 
 def to_json(curves: Mapping[int, Curves], of: Mapping[str, Any]) -> str:
@@ -269,9 +265,14 @@ def _batch(
     rules, batch_size, dtype = asked.experiment.rules, row["batch_size"], row["dtype"]
     image_shape = specification(calibration.program.images).shape[1:]
     compiled = compile_inference(original, (batch_size, *image_shape), dtype)
+    by_macs = {
+        multiple: with_rank_multiple(calibration, found, multiple, rules=rules)
+        for multiple, found in curves.items()
+    }
     # As for a budget in time.
+    multiple = asked.experiment.rank_multiple
     by_time = with_promising_chains(
-        calibration, curves[asked.experiment.rank_multiple], rules=rules
+        calibration, curves[VECTOR] if multiple == 1 else by_macs[multiple], rules=rules
     )
 
     def figures(timed: TimedPlan) -> dict[str, Any]:
@@ -346,7 +347,7 @@ def _batch(
         write()
     row["mac_plans_4x"] = {}
     for name, multiple in MAC_PLANS.items():
-        plan = select_ranks(calibration, 4.0, curves=curves[multiple], rules=rules)
+        plan = select_ranks(calibration, 4.0, curves=by_macs[multiple], rules=rules)
         found = time_plan(calibration, compiled, plan, {}, asked.seconds, PRECISION)
         row["mac_plans_4x"][name] = {
             **figures(found),
@@ -360,10 +361,10 @@ def _batch(
         f"random plans (medians): times {times_off:.3f} off, speedups {speedups_off:.3f} off"
     )
     write()
-    by_macs = row["mac_plans_4x"]["by MACs"]["speedup"]
+    fewest_macs = row["mac_plans_4x"]["by MACs"]["speedup"]
     try:
         # So much faster that a plan within the tolerance is as fast.
-        chosen = planned((1 + TOLERANCE) * by_macs)
+        chosen = planned((1 + TOLERANCE) * fewest_macs)
         delivered = dataclasses.replace(again(chosen.plan), found_by=chosen.found_by)
         row["as_fast_as_by_macs"] = figures(delivered)
     except ValueError as error:
