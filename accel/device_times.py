@@ -2,8 +2,8 @@
 
 The layers as they are are timed in turns with each other, and the chains in proportion to them
 (``accel.timing_loops``): a device that is slower for a while makes none look worth more than the
-others. Of each kind a few ranks are timed, round and other numbers apart; between them times are
-interpolated over MACs.
+others. Of each kind a few ranks are timed, those that fill vectors and others apart; between them
+times are interpolated over MACs.
 
 Single times are noisy, and the chains that plans are made of are those that noise has made look
 fast. So those ranks are timed twice only, in passes over the whole network, or a third time where

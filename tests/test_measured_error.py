@@ -15,6 +15,7 @@ import accel
 from accel import calibrate, measure_errors, select_ranks
 from accel.chain_filters import BEATEN, with_promising_chains, with_rank_multiple
 from accel.decompositions import DECOMPOSITIONS
+from accel.error_curves import ErrorCurve, cheaper_chains, macs_of
 from accel.rank_selection import Candidate, LayerErrors, measured_error
 
 IMAGES = networks.images(40)
@@ -235,6 +236,40 @@ def test_chains_that_are_beaten_by_far_are_not_kept(measured):
     for speedup in (1.5, 2.2):
         plans = [select_ranks(calibration, speedup, curves=c, rules=rules) for c in (curves, kept)]
         assert plans[0] == plans[1]
+
+
+class Wide(nnx.Module):
+    """A layer that is wide enough for eight ranks that fill vectors, by one kind of two."""
+
+    def __init__(self, rngs):
+        self.conv = nnx.Conv(64, 64, (3, 3), rngs=rngs)
+
+    def __call__(self, x):
+        return nnx.relu(self.conv(x))
+
+
+def test_of_a_wide_layer_ranks_that_fill_vectors_are_kept():
+    images = np.random.default_rng(0).random((4, 6, 6, 64), np.float32)
+    calibration = calibrate(Wide(nnx.Rngs(0)), images, decompositions=KINDS)
+    (call,) = calibration.calls
+    chains = [
+        Candidate(kind, ranks)
+        for kind in KINDS
+        for ranks in itertools.chain(
+            *cheaper_chains(call, DECOMPOSITIONS[kind], calibration.macs["conv"])
+        )
+    ]
+    macs = np.array([macs_of(call, DECOMPOSITIONS[c.decomposition], c.ranks) for c in chains])
+    # The more the better: none is beaten.
+    curve = ErrorCurve(tuple(chains), macs, 1.0 / macs)
+    kept = with_promising_chains(calibration, {"conv": curve})["conv"]
+    ranks = {
+        kind: [c.ranks[0] for c in kept.candidates if c.decomposition == kind] for kind in KINDS
+    }
+    # A chain of 56 by 9 · 64 and 64 is cheaper than 9 · 64 · 64, one of 96 by 3 · 64 twice is not.
+    assert ranks == {"channel": list(range(1, 58)), "spatial": list(range(8, 96, 8))}
+    ruled = with_promising_chains(calibration, {"conv": curve}, rules={"conv": 13})["conv"]
+    assert {chain.ranks for chain in ruled.candidates} == {(13,)}
 
 
 class FewInputs(nnx.Module):
