@@ -13,6 +13,10 @@ fall back; c ≥ 0 the time of all else. T_p is the time of the network of plan 
 original beside it, times the original's median, so that whatever slows both down falls out; the
 original is one of the p. t_pk is the sum of the times of its layers of kind k, "left as they are"
 among the kinds; s is the mean of the diagonal of the normal equations of v.
+
+Plans are made of chains that look fast, some of which are told too fast: so all of these plans are
+slower than they look. That is corrected as well, but then other chains look fast. So plans are
+drawn in ``STAGES``, each by the times as all stages before have corrected them.
 """
 
 from __future__ import annotations
@@ -35,7 +39,8 @@ from accel.rank_selection import Rules
 from accel.selection import least_seconds, select_by_time
 from accel.timed_plan import TimedPlan, time_plans
 
-PLANS = 18
+STAGES = 3
+PLANS = 6  # In each stage.
 # λ: so that a kind that is in few of the plans has about the mean scale.
 RIDGE = 0.03
 # δ: a plan that is off by more counts as an outlier.
@@ -74,16 +79,21 @@ def correct_times(
         progress: Receives what is being done.
     """
     progress = progress or Progress()
-    plans = random_plans(calibration, times, curves, PLANS, seed=0, rules=rules)
-    progress.begin(f"timing networks at batch {original.shape[0]}", len(plans))
-    timed = []
+    progress.begin(f"timing networks at batch {original.shape[0]}", STAGES * PLANS)
+    timed: list[TimedPlan] = []
+    corrected = dict(times)
     with kept_memory():
-        for found in time_plans(calibration, original, plans, times, seconds):
-            timed.append(found)
-            progress.advance(1)
-    scales, rest = _fitted(timed, times)
-    share = rest / 1000 / len(times)
-    return {path: _corrected(layer, scales, share) for path, layer in times.items()}
+        for stage in range(STAGES):
+            drawn = random_plans(calibration, corrected, curves, PLANS, seed=stage, rules=rules)
+            plans = [plan for plan in drawn if all(plan != before.plan for before in timed)]
+            for found in time_plans(calibration, original, plans, times, seconds):
+                timed.append(found)
+                progress.advance(1)
+            progress.advance(PLANS - len(plans))
+            scales, rest = _fitted(timed, times)
+            share = rest / 1000 / len(times)
+            corrected = {path: _corrected(layer, scales, share) for path, layer in times.items()}
+    return corrected
 
 
 def random_plans(

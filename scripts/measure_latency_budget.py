@@ -50,7 +50,7 @@ from accel.selection import (
     conv_macs_of,
     select_ranks,
 )
-from accel.time_correction import correct_times, random_plans
+from accel.time_correction import STAGES, correct_times, random_plans
 from accel.timed_plan import TimedPlan, time_plan, time_plans
 
 # Plans of 4× fewer MACs, and what their ranks are multiples of.
@@ -385,7 +385,7 @@ def _random_plans(
     down both.
     """
     plans = random_plans(
-        calibration, times, curves, asked.random_plans, seed=1, rules=asked.experiment.rules
+        calibration, times, curves, asked.random_plans, seed=STAGES, rules=asked.experiment.rules
     )
     rows = [
         {
@@ -394,7 +394,7 @@ def _random_plans(
             "original_ms": found.original_ms,
             "speedup": found.speedup,
         }
-        for found in time_plans(calibration, compiled, plans, times, asked.seconds / 2)
+        for found in time_plans(calibration, compiled, plans, times, asked.seconds, PRECISION)
     ]
     return {"original_ms": 1000 * sum(layer.dense for layer in times.values()), "plans": rows}
 
