@@ -304,6 +304,42 @@ def test_a_kind_in_no_timed_plan_is_scaled_like_the_others(measured, monkeypatch
         np.testing.assert_allclose(layer.chains, 3 * times[path].chains, rtol=0.02)
 
 
+def test_plans_of_chains_that_look_fast_once_times_are_corrected_are_timed_too(
+    measured, monkeypatch
+):
+    """Planted: pairs of k×k and 1×1 are told three times too fast, which hides the other kinds."""
+    model, calibration, curves = measured
+    true = planted(calibration, curves)
+    told = {
+        path: dataclasses.replace(
+            layer,
+            chains=layer.chains
+            / np.array([3 if c.decomposition == "channel" else 1 for c in layer.candidates]),
+        )
+        for path, layer in true.items()
+    }
+    dense = 1000 * sum(layer.dense for layer in true.values())
+
+    def plan_timed(_calibration, _original, plan, _times, _seconds):
+        whole = sum_ms(plan, true)
+        return TimedPlan(plan, 1, None, dense, whole, sum_ms(plan, told), dense / whole, 0.0)
+
+    monkeypatch.setattr(time_correction, "time_plans", one_by_one(plan_timed))
+
+    def off() -> float:
+        corrected = correct_times(calibration, compiled(model, calibration), told, curves)
+        plans = random_plans(calibration, corrected, curves, 20, seed=time_correction.STAGES)
+        original = 1000 * sum(layer.dense for layer in corrected.values())
+        shares = [(sum_ms(plan, corrected) / original, sum_ms(plan, true)) for plan in plans]
+        return float(np.median([abs(share * dense / whole - 1) for share, whole in shares]))
+
+    assert off() < 0.03
+    together = time_correction.STAGES * time_correction.PLANS
+    monkeypatch.setattr(time_correction, "PLANS", together)
+    monkeypatch.setattr(time_correction, "STAGES", 1)
+    assert off() > 0.1
+
+
 def test_random_plans_are_all_different(measured):
     _, calibration, curves = measured
     plans = random_plans(calibration, planted(calibration, curves), curves, 24, seed=0)
