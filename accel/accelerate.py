@@ -24,7 +24,7 @@ from flax import nnx
 
 from accel.budgets import Budget
 from accel.calibration import ALL_KINDS, calibrate, layer_kinds
-from accel.chain_filters import VECTOR, with_rank_multiple
+from accel.chain_filters import measured_multiple, with_rank_multiple
 from accel.error_curves import check_rank_multiple
 from accel.images import ImageSource
 from accel.loss_budget import search_within_loss
@@ -90,7 +90,9 @@ def accelerate(
         rank_selection: How ranks are chosen: ``measured_error``, or by energies
             (``RANK_SELECTION``) for a single kind of chain.
         rank_multiple: Ranks that ``measured_error`` chooses are multiples of this, which the
-            vectors and tiles of many devices are full at; those that rules fix need not be.
+            vectors and tiles of many devices are full at; those that rules fix need not be. With 1,
+            a budget in time still takes multiples of 8 alone in layers that are wide enough
+            (``accel.chain_filters``).
         rules: Layers by path pattern that stay ``"dense"`` or get a fixed rank.
         dense_speedup: Multiply-accumulates of all dense layers (``nnx.Linear``) now over those
             wanted: a budget apart from that of the convolutions. None leaves dense layers alone.
@@ -165,8 +167,7 @@ def accelerate(
     if rank_selection == MEASURED_ERROR or reconstruction == JOINT:
         sensitivity = measure_sensitivity(calibration, progress=progress)
     if rank_selection == MEASURED_ERROR:
-        # Of these a budget in time takes little else (``with_promising_chains``).
-        multiple = VECTOR if budget.in_time and rank_multiple == 1 else rank_multiple
+        multiple = measured_multiple(rank_multiple) if budget.in_time else rank_multiple
         measured = measure_errors(
             calibration, sensitivity, rank_multiple=multiple, progress=progress
         )
@@ -199,7 +200,13 @@ def accelerate(
     else:
         if budget.given and curves is not None:
             plan, timed = budget.select(
-                calibration, model, curves, rules=rules, resume=resume, progress=progress
+                calibration,
+                model,
+                curves,
+                rank_multiple=rank_multiple,
+                rules=rules,
+                resume=resume,
+                progress=progress,
             )
             found = {"planned_latency": timed} if timed else {}
         else:

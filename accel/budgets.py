@@ -106,6 +106,7 @@ class Budget:
         original: nnx.Module,
         curves: Mapping[str, ErrorCurve],
         *,
+        rank_multiple: int = 1,
         rules: Rules | None = None,
         resume: Path | None = None,
         progress: Progress | None = None,
@@ -116,6 +117,7 @@ class Budget:
             calibration: From ``calibrate``.
             original: The network as it was given to ``calibrate``.
             curves: From ``measure_errors``.
+            rank_multiple: As in ``accelerate``.
             rules: As in ``accelerate``.
             resume: A folder that keeps a timed plan: timed once more, another one would be chosen,
                 and no solution of a run that was stopped would fit it.
@@ -140,6 +142,7 @@ class Budget:
             batch_size=self.latency_batch,
             dtype=self.latency_dtype,
             curves=curves,
+            rank_multiple=rank_multiple,
             rules=rules,
             progress=progress,
         )

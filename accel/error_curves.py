@@ -322,8 +322,12 @@ def _layer_lines(
         if decomposition.unsuitable(call.layer) is not None:
             continue
         structure = decomposition.structure(call.layer)
+        known: set[tuple[int, ...]] = set()
         for multiple in sorted({1, rank_multiple}):
             for chains in cheaper_chains(call, decomposition, dense_macs, multiple):
+                if known.issuperset(chains):
+                    continue
+                known.update(chains)
                 macs = [macs_of(call, decomposition, ranks) for ranks in chains]
                 places = _measured_places(macs, dense_macs)
                 found = np.array([error(structure, chains[place]) for place in places])

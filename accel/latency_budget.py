@@ -17,7 +17,11 @@ from pathlib import Path
 from flax import nnx
 
 from accel.calibration import Calibration
-from accel.chain_filters import VECTOR, with_promising_chains
+from accel.chain_filters import (
+    measured_multiple,
+    with_promising_chains,
+    with_rank_multiple,
+)
 from accel.device_times import LayerTimes, measure_times
 from accel.error_curves import ErrorCurve
 from accel.inference import compile_inference
@@ -68,6 +72,7 @@ def select_for_latency(
     dtype: str | None = None,
     curves: Mapping[str, ErrorCurve] | None = None,
     times: Mapping[str, LayerTimes] | None = None,
+    rank_multiple: int = 1,
     rules: Rules | None = None,
     seconds: float = 6.0,
     cache: Path | None = None,
@@ -83,9 +88,11 @@ def select_for_latency(
         batch_size: Images per batch.
         dtype: What both networks compute in when they are timed, such as ``bfloat16``; None for the
             types that they have.
-        curves: From ``measure_errors``, which is called where they are not given.
+        curves: From ``measure_errors`` with ``measured_multiple``; it is called where they are not
+            given.
         times: From ``correct_times`` for this batch size and type, which is called after
             ``measure_times`` where they are not given.
+        rank_multiple: As in ``accelerate``.
         rules: As in ``accelerate``.
         seconds: Time for timing one plan, in turns with the original; three times as long at most
             on a device whose speed changes.
@@ -121,11 +128,16 @@ def select_for_latency(
     assert speedup is not None
     progress = progress or Progress()
     if curves is None:
-        curves = measure_errors(calibration, rank_multiple=VECTOR, progress=progress)
+        measured = measure_errors(
+            calibration, rank_multiple=measured_multiple(rank_multiple), progress=progress
+        )
+        curves = with_rank_multiple(calibration, measured, rank_multiple, rules=rules)
     calls = [call for call in calibration.calls if isinstance(call.layer, nnx.Conv)]
     if times is None:
-        curves = with_promising_chains(calibration, curves, rules=rules)
-        measured = measure_times(
+        curves = with_promising_chains(
+            calibration, curves, rank_multiple=rank_multiple, rules=rules
+        )
+        uncorrected = measure_times(
             calls,
             curves,
             batch_size,
@@ -137,7 +149,7 @@ def select_for_latency(
         times = correct_times(
             calibration,
             compiled,
-            measured,
+            uncorrected,
             curves,
             rules=rules,
             seconds=seconds / 4,

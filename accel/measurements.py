@@ -45,8 +45,9 @@ def measure_errors(
     Args:
         calibration: From ``calibrate``.
         sensitivity: From ``measure_sensitivity``, which is called where it is not given.
-        rank_multiple: What ``with_rank_multiple`` will be asked for: chains with ranks rounded to
-            it are measured beside all others.
+        rank_multiple: Chains with ranks rounded to multiples of this are measured beside all
+            others: what ``with_rank_multiple`` will be asked for, or ``measured_multiple`` for a
+            budget in time.
         progress: As in ``accelerate``.
     """
     check_rank_multiple(rank_multiple)

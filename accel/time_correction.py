@@ -15,8 +15,9 @@ original is one of the p. t_pk is the sum of the times of its layers of kind k, 
 among the kinds; s is the mean of the diagonal of the normal equations of v.
 
 Plans are made of chains that look fast, some of which are told too fast: so all of these plans are
-slower than they look. That is corrected as well, but then other chains look fast. So plans are
-drawn in ``STAGES``, each by the times as all stages before have corrected them.
+slower than they look. That is corrected as well, but then other chains look fast, some of which may
+have been timed twice only. So plans are drawn in ``STAGES``, each by the times as all stages before
+have corrected them.
 """
 
 from __future__ import annotations
@@ -84,8 +85,15 @@ def correct_times(
     corrected = dict(times)
     with kept_memory():
         for stage in range(STAGES):
-            drawn = random_plans(calibration, corrected, curves, PLANS, seed=stage, rules=rules)
-            plans = [plan for plan in drawn if all(plan != before.plan for before in timed)]
+            plans = random_plans(
+                calibration,
+                corrected,
+                curves,
+                PLANS,
+                seed=stage,
+                rules=rules,
+                without=[found.plan for found in timed],
+            )
             for found in time_plans(calibration, original, plans, times, seconds):
                 timed.append(found)
                 progress.advance(1)
@@ -104,10 +112,12 @@ def random_plans(
     *,
     seed: int,
     rules: Rules | None = None,
+    without: Sequence[AccelerationPlan] = (),
 ) -> list[AccelerationPlan]:
     """Plans that vary in kinds and ranks: the best ones for random errors and random budgets.
 
-    No two are equal; there are fewer than ``count`` where so many are not found.
+    No two are equal, and none is one of ``without``; there are fewer than ``count`` where so many
+    are not found.
     """
     random = np.random.default_rng(seed)
     dense = sum(time.dense for time in times.values())
@@ -122,7 +132,7 @@ def random_plans(
         }
         budget = max(dense / random.uniform(*FASTER), least)
         plan = select_by_time(calibration, budget, times, drawn, rules=rules)
-        if plan not in plans:
+        if plan not in plans and plan not in without:
             plans.append(plan)
         if len(plans) == count:
             break

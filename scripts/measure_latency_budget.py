@@ -31,7 +31,7 @@ import tyro
 from flax import nnx
 
 from accel.calibration import Calibration
-from accel.chain_filters import VECTOR, with_promising_chains, with_rank_multiple
+from accel.chain_filters import measured_multiple, with_promising_chains, with_rank_multiple
 from accel.configuration import load_config
 from accel.device_times import LayerTimes, measure_times
 from accel.error_curves import ErrorCurve
@@ -138,7 +138,7 @@ def _curves(
         "model": dataclasses.asdict(experiment.model),
         "decompositions": list(experiment.decompositions),
         "rules": dict(experiment.rules),
-        "multiples": sorted({*MAC_PLANS.values(), VECTOR, experiment.rank_multiple}),
+        "multiples": sorted({*MAC_PLANS.values(), measured_multiple(experiment.rank_multiple)}),
     }
     if known:
         curves = from_json(asked.curves.read_text(), of, asked.curves.name)
@@ -164,7 +164,7 @@ def _curves(
 
 
 def to_json(curves: Mapping[int, Curves], of: Mapping[str, Any]) -> str:
-    """Error curves by what ranks are multiples of, as JSON text.
+    """Error curves by what ranks were rounded to, as JSON text.
 
     Args:
         curves: The curves.
@@ -266,13 +266,16 @@ def _batch(
     image_shape = specification(calibration.program.images).shape[1:]
     compiled = compile_inference(original, (batch_size, *image_shape), dtype)
     by_macs = {
-        multiple: with_rank_multiple(calibration, found, multiple, rules=rules)
-        for multiple, found in curves.items()
+        multiple: with_rank_multiple(calibration, curves[multiple], multiple, rules=rules)
+        for multiple in MAC_PLANS.values()
     }
     # As for a budget in time.
     multiple = asked.experiment.rank_multiple
     by_time = with_promising_chains(
-        calibration, curves[VECTOR] if multiple == 1 else by_macs[multiple], rules=rules
+        calibration,
+        with_rank_multiple(calibration, curves[measured_multiple(multiple)], multiple, rules=rules),
+        rank_multiple=multiple,
+        rules=rules,
     )
 
     def figures(timed: TimedPlan) -> dict[str, Any]:
@@ -321,6 +324,7 @@ def _batch(
             dtype=dtype,
             curves=by_time,
             times=times,
+            rank_multiple=multiple,
             rules=rules,
             seconds=0.75 * asked.seconds,
             progress=progress,

@@ -250,7 +250,7 @@ def test_times_are_corrected_by_those_of_whole_networks(measured, monkeypatch, s
     dense = 1000 * sum(layer.dense for layer in corrected.values())
     shares = [
         (milliseconds(plan) / original, sum_ms(plan, corrected) / dense, sum_ms(plan, times))
-        for plan in random_plans(calibration, times, curves, 10, seed=1)
+        for plan in random_plans(calibration, times, curves, 10, seed=time_correction.STAGES)
     ]
     off = [abs(found / true - 1) for true, found, _ in shares]
     off_before = [abs(before / original / true - 1) for true, _, before in shares]
@@ -345,6 +345,10 @@ def test_random_plans_are_all_different(measured):
     plans = random_plans(calibration, planted(calibration, curves), curves, 24, seed=0)
     assert len(plans) > 4
     assert all(plan not in plans[:index] for index, plan in enumerate(plans))
+    others = random_plans(
+        calibration, planted(calibration, curves), curves, 4, seed=0, without=plans[:4]
+    )
+    assert others == plans[4:8]
 
 
 def test_milliseconds_that_the_original_needs_not_are_refused(measured):

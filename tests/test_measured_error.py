@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import sys
 
 import jax.numpy as jnp
 import networks
@@ -238,38 +239,89 @@ def test_chains_that_are_beaten_by_far_are_not_kept(measured):
         assert plans[0] == plans[1]
 
 
-class Wide(nnx.Module):
-    """A layer that is wide enough for eight ranks that fill vectors, by one kind of two."""
-
-    def __init__(self, rngs):
-        self.conv = nnx.Conv(64, 64, (3, 3), rngs=rngs)
+class OneLayer(nnx.Module):
+    def __init__(self, width):
+        self.conv = nnx.Conv(width, width, (3, 3), rngs=nnx.Rngs(0))
 
     def __call__(self, x):
         return nnx.relu(self.conv(x))
 
 
-def test_of_a_wide_layer_ranks_that_fill_vectors_are_kept():
-    images = np.random.default_rng(0).random((4, 6, 6, 64), np.float32)
-    calibration = calibrate(Wide(nnx.Rngs(0)), images, decompositions=KINDS)
+def one_layer_images(width):
+    return np.random.default_rng(0).random((4, 6, 6, width), np.float32)
+
+
+def promising(width, kinds, **settings):
+    """Ranks of all chains of a layer by kind, and of those that are promising; none is beaten."""
+    calibration = calibrate(OneLayer(width), one_layer_images(width), decompositions=kinds)
     (call,) = calibration.calls
-    chains = [
+    dense = calibration.macs["conv"]
+    chains = dict.fromkeys(
         Candidate(kind, ranks)
-        for kind in KINDS
-        for ranks in itertools.chain(
-            *cheaper_chains(call, DECOMPOSITIONS[kind], calibration.macs["conv"])
-        )
-    ]
+        for kind in kinds
+        for multiple in (1, 8)
+        for line in cheaper_chains(call, DECOMPOSITIONS[kind], dense, multiple)
+        for ranks in line
+    )
     macs = np.array([macs_of(call, DECOMPOSITIONS[c.decomposition], c.ranks) for c in chains])
-    # The more the better: none is beaten.
-    curve = ErrorCurve(tuple(chains), macs, 1.0 / macs)
-    kept = with_promising_chains(calibration, {"conv": curve})["conv"]
-    ranks = {
-        kind: [c.ranks[0] for c in kept.candidates if c.decomposition == kind] for kind in KINDS
-    }
+    curves = {"conv": ErrorCurve(tuple(chains), macs, 1.0 / macs)}
+    kept = with_promising_chains(calibration, curves, **settings)["conv"].candidates
+    return tuple(
+        {kind: [c.ranks for c in some if c.decomposition == kind] for kind in kinds}
+        for some in (chains, kept)
+    )
+
+
+def fill(pairs):
+    return [ranks for ranks in pairs if all(rank % 8 == 0 for rank in ranks)]
+
+
+def test_of_a_wide_layer_ranks_that_fill_vectors_are_kept():
+    kinds = ("channel", "spatial", "channel_spatial", "tucker2")
+    every, kept = promising(64, kinds)
     # 640 and 384 MACs a position for each rank, 36,864 for the layer.
-    assert ranks == {"channel": list(range(1, 58)), "spatial": list(range(8, 96, 8))}
-    ruled = with_promising_chains(calibration, {"conv": curve}, rules={"conv": 13})["conv"]
-    assert {chain.ranks for chain in ruled.candidates} == {(13,)}
+    assert kept["channel"] == every["channel"] == [(rank,) for rank in range(1, 58)]
+    assert kept["spatial"] == [(rank,) for rank in range(8, 96, 8)]
+    for kind in kinds[2:]:
+        assert kept[kind] == fill(every[kind])
+        assert 8 <= len(kept[kind]) < len(every[kind])
+    # What multiples are asked for, those are as good as any.
+    every, kept = promising(64, kinds, rank_multiple=3)
+    assert kept == every
+    _, kept = promising(64, ("spatial",), rules={"conv": 13})
+    assert kept["spatial"] == [(13,)]
+
+
+def test_many_pairs_of_few_first_ranks_make_no_layer_wide():
+    every, kept = promising(32, ("tucker2",))
+    assert len(fill(every["tucker2"])) > 8
+    assert kept == every
+
+
+class Asked(Exception):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("asked", "rounded_to"),
+    [
+        ({"latency_speedup": 1.5}, 8),
+        ({"latency_ms": 1.0}, 8),
+        ({"latency_speedup": 1.5, "rank_multiple": 3}, 3),
+        ({"speedup": 1.5}, 1),
+        ({"parameter_ratio": 1.5, "rank_multiple": 2}, 2),
+    ],
+)
+def test_errors_are_measured_at_the_ranks_that_a_budget_takes(
+    monkeypatch, tmp_path, asked, rounded_to
+):
+    def measure_errors(*_, rank_multiple, **__):
+        raise Asked(rank_multiple)
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(sys.modules["accel.accelerate"], "measure_errors", measure_errors)
+    with pytest.raises(Asked, match=f"^{rounded_to}$"):
+        accel.accelerate(OneLayer(16), one_layer_images(16), **asked)
 
 
 class FewInputs(nnx.Module):
