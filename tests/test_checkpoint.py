@@ -56,7 +56,9 @@ def test_a_users_network_is_rebuilt_with_a_builder(tmp_path):
         networks.network("residual"),
         networks.images(20),
         2.0,
-        decompositions=("channel", "spatial"),
+        decompositions="channel",
+        reconstruction="weights",
+        rank_selection="exact_energy",
     )
     accel.save_model(tmp_path / "model", result.model, plan=result.plan)
     again = accel.load_model(tmp_path / "model", lambda: networks.Residual(nnx.Rngs(9)))

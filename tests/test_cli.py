@@ -246,7 +246,8 @@ def test_convert_makes_a_model_folder_that_run_takes(tmp_path, capfd):
     assert main(convert) == 0
     config = str(ROOT / "configs/quickstart.py")
     out = tmp_path / "out"
-    assert main(["run", config, "--smoke", "--weights", str(folder), "--out", str(out)]) == 0
+    run = ["run", config, "--smoke", "--reconstruction", "responses", "--weights", str(folder)]
+    assert main([*run, "--out", str(out)]) == 0
     capfd.readouterr()
     assert main(convert) == 1
     assert "exists already" in capfd.readouterr().err
