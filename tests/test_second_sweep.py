@@ -26,8 +26,15 @@ def accelerated(name: str, speedup: float = 1.6):
     model = networks.network(name)
     model.eval()
     # Quickly: how good the layers are by themselves is not the point here.
-    fast = {"reconstruction": "responses", "solver": "reduced_rank_regression", "rank_selection": "exact_energy"}
-    result = accel.accelerate(model, IMAGES, speedup, decompositions="spatial", **fast)
+    result = accel.accelerate(
+        model,
+        IMAGES,
+        speedup,
+        decompositions="spatial",
+        reconstruction="responses",
+        solver="reduced_rank_regression",
+        rank_selection="exact_energy",
+    )
     return model, result.model
 
 
