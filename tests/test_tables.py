@@ -107,8 +107,25 @@ def test_there_is_a_test_for_every_config():
     }
 
 
-def test_layer_energies(tmp_path):
-    ((line,), table) = run_smoke("layer_energies", tmp_path / "out")
+@pytest.fixture(scope="module")
+def without_evaluation(tmp_path_factory):
+    """A config of the bundled network that has no images to measure on."""
+    file = tmp_path_factory.mktemp("without_evaluation") / "calibration_alone.py"
+    file.write_text(
+        "import dataclasses\n"
+        "from pathlib import Path\n"
+        "from accel.configuration import load_config\n"
+        "from accel.data.settings import FolderImages\n"
+        "from accel.experiment import Experiment\n"
+        f"quickstart = load_config(Path({str(ROOT / 'configs' / 'quickstart.py')!r}), Experiment)\n"
+        "config = dataclasses.replace(quickstart, evaluation=FolderImages())\n"
+    )
+    return file
+
+
+def test_layer_energies(tmp_path, without_evaluation):
+    experiment = [without_evaluation]
+    ((line,), table) = run_smoke("layer_energies", tmp_path / "out", experiment=experiment)
     assert {layer["path"] for layer in line["layers"]} == SEVEN
     for layer in line["layers"]:
         spectrum = np.array(layer["spectrum"])
@@ -136,8 +153,9 @@ def test_rank_selection(tmp_path, small_experiment):
         assert f"{line['metrics']['cosine']['accelerated']:.4f}" in table
 
 
-def test_single_layer(tmp_path):
-    lines, table = run_smoke("single_layer", tmp_path / "out")
+def test_single_layer(tmp_path, without_evaluation):
+    experiment = [without_evaluation]
+    lines, table = run_smoke("single_layer", tmp_path / "out", experiment=experiment)
     assert [(line["layer"], line["rank"]) for line in lines] == [
         *(("conv1_2", 4), ("conv1_2", 8), ("conv2_2", 8), ("conv2_2", 16))
     ]

@@ -66,11 +66,13 @@ class Table(abc.ABC):
         AXES: The fields that say which cells there are.
         KEY: The fields of a line that tell its cell from the others.
         TIMED: Whether a line is of one whole network, whose time can stand beside it.
+        EVALUATES: Whether anything is measured on the experiment's evaluation images.
     """
 
     AXES: ClassVar[tuple[str, ...]]
     KEY: ClassVar[tuple[str, ...]]
     TIMED: ClassVar[bool] = False
+    EVALUATES: ClassVar[bool] = True
 
     experiment: Annotated[tyro.conf.AvoidSubcommands[Experiment], tyro.conf.arg(name="")]
     seeds: tuple[int, ...] = (0,)
@@ -288,13 +290,14 @@ def _check_contents(
     Raises:
         FileExistsError: If the folder's are others.
     """
-    evaluation = table.experiment.limited(table.experiment.evaluation)
     contents = {
         "weights": traits_of_network(original)["weights"],
         # Pixels may come out of a file one step brighter with another version of its reader.
         "calibration images": len(images),
-        "evaluation images": len(evaluation),
     }
+    if table.EVALUATES:
+        evaluation = table.experiment.limited(table.experiment.evaluation)
+        contents["evaluation images"] = len(evaluation)
     # Earlier versions recorded names alone.
     before = record.setdefault("contents", contents)
     if others := [name for name in contents if before[name] != contents[name]]:

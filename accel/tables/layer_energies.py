@@ -43,6 +43,7 @@ class LayerEnergies(Table):
 
     AXES: ClassVar = ("seeds",)
     KEY: ClassVar = ("seed",)
+    EVALUATES: ClassVar = False
 
     energies: tuple[float, ...] = (0.9, 0.95, 0.99, 0.999)
 

@@ -64,6 +64,7 @@ class SingleLayer(Table):
 
     AXES: ClassVar = ("seeds", "layers", "shares")
     KEY: ClassVar = ("seed", "layer", "share")
+    EVALUATES: ClassVar = False
 
     layers: tuple[str, ...]
     shares: tuple[float, ...] = (0.0625, 0.125, 0.25, 0.375, 0.5, 0.75)
