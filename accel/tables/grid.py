@@ -53,6 +53,8 @@ VARIED = (
 )
 # What no cell hangs on: times are measured apart from cells, when and where they are asked for.
 TIMING = ("latency_batches", "latency_seconds")
+# What no cell hangs on of a table that evaluates no network.
+EVALUATION = ("evaluation", "metrics")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -162,7 +164,7 @@ class Table(abc.ABC):
         weights = named.experiment.weights
         content = dataclasses.asdict(named)
         content["experiment"]["weights"] = None if weights is None else Path(weights).name
-        for name in (*VARIED, *TIMING):
+        for name in (*VARIED, *TIMING, *(() if self.EVALUATES else EVALUATION)):
             del content["experiment"][name]
         for name in {*self.AXES, *self.unused()}:
             del content[name]
@@ -258,7 +260,7 @@ def folder_record(table: Table, out: Path) -> dict[str, Any]:
 
     Settings that only what is there, or only what is asked for, hangs on stay and are added: stages
     with settings of their own can be asked for later. Earlier versions recorded ``TIMING``, too,
-    which is left out, and knew no ``inference_dtype``.
+    and ``EVALUATION`` whatever the table, which are left out, and knew no ``inference_dtype``.
 
     Raises:
         FileExistsError: If it holds results of another experiment, or anything else.
@@ -266,7 +268,7 @@ def folder_record(table: Table, out: Path) -> dict[str, Any]:
     recorded, asked = out / "experiment.json", table.record()
     if recorded.exists():
         found = json.loads(recorded.read_text())
-        for name in TIMING:
+        for name in (*TIMING, *(() if table.EVALUATES else EVALUATION)):
             found.get("experiment", {}).pop(name, None)
         found.get("experiment", {}).setdefault("inference_dtype", None)
         compared = {"table", "experiment", *(found.keys() & asked.keys())}
