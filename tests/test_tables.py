@@ -153,6 +153,37 @@ def test_rank_selection(tmp_path, small_experiment):
         assert f"{line['metrics']['cosine']['accelerated']:.4f}" in table
 
 
+def test_rank_selection_by_measured_errors_is_that_of_accelerate(tmp_path, small_network):
+    table = config("rank_selection").smoke()
+    spec, weights = small_network
+    # Chains of the small network are hardly ever cheaper by more.
+    experiment = dataclasses.replace(table.experiment, model=spec, weights=weights)
+    asked = {"decomposition": "spatial", "solvers": ("joint",), "inputs": ("asymmetric",)}
+    asked |= {"ranks": ("measured", "greedy"), "speedups": (1.5,)}
+    make_table(dataclasses.replace(table, experiment=experiment, **asked), tmp_path, "", Progress())
+    measured, greedy = raw_lines(tmp_path)
+    assert (measured["ranks"], greedy["ranks"]) == ("measured", "greedy")
+    assert [layer["ranks"] for layer in measured["layers"]] != [
+        layer["ranks"] for layer in greedy["layers"]
+    ]
+    result = accel.accelerate(
+        experiment.load_model(),
+        experiment.limited(experiment.calibration),
+        1.5,
+        decompositions="spatial",
+        rules=experiment.rules,
+        positions_per_image=experiment.positions_per_image,
+        batch_size=experiment.batch_size,
+    )
+    for layer, expected in zip(measured["layers"], result.report.layers, strict=True):
+        assert (layer["decomposition"], layer["ranks"]) == (
+            expected.decomposition,
+            list(expected.ranks),
+        )
+        if expected.response_error is not None:
+            assert layer["response_error"] == pytest.approx(expected.response_error, rel=1e-3)
+
+
 def test_single_layer(tmp_path, without_evaluation):
     experiment = [without_evaluation]
     lines, table = run_smoke("single_layer", tmp_path / "out", experiment=experiment)
@@ -623,6 +654,7 @@ def test_the_record_tells_nothing_of_the_machine():
         ("single_layer", ["--earlier-speedup", "0.5"], "a finite number above 1"),
         ("rank_selection", ["--ranks", "magic"], "known: 'exact', 'greedy', 'uniform'"),
         ("rank_selection", ["--inputs", "magic"], "known: 'symmetric', 'asymmetric'"),
+        ("rank_selection", ["--decomposition", "svd"], "unknown decomposition 'svd'; known: "),
         ("layer_energies", ["--energies", "0"], "energies are shares"),
         ("layer_energies", ["--weights", "nothing.onnx"], "nothing.onnx"),
     ],

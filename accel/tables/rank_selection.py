@@ -1,13 +1,15 @@
-"""The paper's solvers, inputs and rank selections for pairs of k×k and 1×1 at equal MACs.
+"""Solvers, inputs and rank selections for one kind of chain at equal MACs.
 
-Rank selection on (``greedy``, the paper's, and ``exact``) and off (``uniform``: the same share of
-every layer's width), for linear and nonlinear, symmetric and asymmetric reconstruction. Zhang et
-al., arXiv:1505.06798, sections 3.1 to 3.4. One calibration a seed serves all combinations.
+Rank selection on (``greedy``, the paper's, ``exact``, and ``measured``, which goes by measured
+errors instead of energies) and off (``uniform``: the same share of every layer's width), for linear
+and nonlinear, symmetric and asymmetric reconstruction. Zhang et al., arXiv:1505.06798, sections 3.1
+to 3.4. One calibration a seed serves all combinations.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -16,16 +18,30 @@ from typing import ClassVar, final
 from flax import nnx
 
 from accel.data import PixelSource
+from accel.decompositions import DECOMPOSITIONS
+from accel.measurements import measure_errors, measure_sensitivity
 from accel.network_reconstruction import reconstruct
 from accel.progress import Progress
 from accel.rank_selection import check_speedup
-from accel.selection import select_ranks
+from accel.reconstruction import JOINT
+from accel.selection import MEASURED_ERROR, select_ranks
 from accel.tables.grid import Cell, Line, Table, check_names
 from accel.tables.pivot import metric_tables
 
-SOLVERS = {"linear": "reduced_rank_regression", "nonlinear": "alternating"}
+# What is fitted to what, and by which solver.
+SOLVERS = {
+    "linear": ("responses", "reduced_rank_regression"),
+    "nonlinear": ("responses", "alternating"),
+    "joint": (JOINT, "alternating"),
+}
+PAPER_SOLVERS = ("linear", "nonlinear")
 INPUTS = {"symmetric": False, "asymmetric": True}
-RANKS = {"exact": "exact_energy", "greedy": "greedy_energy", "uniform": "uniform"}
+RANKS = {
+    "exact": "exact_energy",
+    "greedy": "greedy_energy",
+    "uniform": "uniform",
+    "measured": MEASURED_ERROR,
+}
 
 
 @final
@@ -34,6 +50,7 @@ class RankSelection(Table):
     """What is compared (see the module's docstring).
 
     Attributes:
+        decomposition: The kind of chain that replaces every layer (``DECOMPOSITIONS``).
         speedups: Original over accelerated MACs.
         solvers: Names of ``SOLVERS``.
         inputs: Names of ``INPUTS``: what a layer is fitted to.
@@ -43,8 +60,9 @@ class RankSelection(Table):
     AXES: ClassVar = ("seeds", "speedups", "solvers", "inputs", "ranks")
     KEY: ClassVar = ("seed", "speedup", "ranks", "solver", "asymmetric")
 
+    decomposition: str = "channel"
     speedups: tuple[float, ...] = (2.0, 3.0, 4.0)
-    solvers: tuple[str, ...] = tuple(SOLVERS)
+    solvers: tuple[str, ...] = PAPER_SOLVERS
     inputs: tuple[str, ...] = tuple(INPUTS)
     ranks: tuple[str, ...] = tuple(RANKS)
 
@@ -64,6 +82,8 @@ class RankSelection(Table):
         return list(itertools.product(*axes))
 
     def check(self, original: nnx.Module, images: PixelSource) -> None:
+        kinds = [name for name, kind in DECOMPOSITIONS.items() if not kind.dense]
+        check_names("decomposition", (self.decomposition,), kinds)
         check_names("solver", self.solvers, SOLVERS)
         check_names("inputs", self.inputs, INPUTS)
         check_names("ranks", self.ranks, RANKS)
@@ -82,17 +102,29 @@ class RankSelection(Table):
         experiment = self.experiment
         reference = experiment.reference(original, progress)
         for seed, cells in itertools.groupby(wanted, key=lambda cell: cell[0]):
-            calibration = self.calibrate(original, images, "channel", seed, progress)
+            calibration = self.calibrate(original, images, self.decomposition, seed, progress)
+            sensitivity = functools.cache(
+                lambda c=calibration: measure_sensitivity(c, progress=progress)
+            )
+            curves = functools.cache(
+                lambda c=calibration, s=sensitivity: measure_errors(c, s(), progress=progress)
+            )
             for _, speedup, ranks, solver, asymmetric in cells:
                 plan = select_ranks(
-                    calibration, speedup, rank_selection=RANKS[ranks], rules=experiment.rules
+                    calibration,
+                    speedup,
+                    rank_selection=RANKS[ranks],
+                    rules=experiment.rules,
+                    curves=curves() if RANKS[ranks] == MEASURED_ERROR else None,
                 )
+                reconstruction, by = SOLVERS[solver]
                 result = reconstruct(
                     calibration,
                     plan,
-                    reconstruction="responses",
-                    solver=SOLVERS[solver],
+                    reconstruction=reconstruction,
+                    solver=by,
                     asymmetric=asymmetric,
+                    sensitivity=sensitivity() if reconstruction == JOINT else None,
                     progress=progress,
                 )
                 yield {
@@ -113,6 +145,14 @@ class RankSelection(Table):
             inputs = "asymmetric" if line["asymmetric"] else "symmetric"
             return (line["solver"], inputs, line["ranks"])
 
-        # By name, symmetric first; the same for lines in any order.
-        ordered = sorted(lines, key=lambda line: (line["solver"], line["asymmetric"], row(line)))
+        # Symmetric first; the same for lines in any order.
+        solvers, ranks = list(SOLVERS), list(RANKS)
+        ordered = sorted(
+            lines,
+            key=lambda line: (
+                solvers.index(line["solver"]),
+                line["asymmetric"],
+                ranks.index(line["ranks"]),
+            ),
+        )
         return "\n".join(metric_tables(ordered, ("solver", "inputs", "ranks"), row))
