@@ -12,7 +12,7 @@ from typing import Annotated, Any, Generic, cast
 
 import jax
 import tyro
-from rich.console import Console
+from rich.console import Console, RenderableType
 
 from accel.batch_norm import find_foldable, fold_batch_norm
 from accel.benchmark import BENCHMARK_FILE, benchmark
@@ -30,6 +30,8 @@ from accel.tables import Table, make_table
 from accel.tables.grid import TIMING, VARIED, TableKind
 from accel.weights import load
 
+# In characters: wide enough that no figure is cut off.
+LOG_WIDTH = 100
 USAGE = """\
 usage: accel run CONFIG [--out DIR] [--smoke] [--FIELD VALUE ...]
        accel finetune FOLDER CONFIG [--out DIR] [--smoke] [--builder MODULE:FUNCTION]
@@ -198,11 +200,16 @@ def _run(config: Path, arguments: Sequence[str]) -> int:
     with reported() as progress:
         result = run(experiment, experiment.model.name, out, progress)
     text = summary(result.report)
-    Console().print(text)
+    _show(text)
     with (out / "log.txt").open("w") as log:
-        Console(file=log, width=100).print(text)
+        Console(file=log, width=LOG_WIDTH).print(text)
     print(f"results in {out}")
     return 0
+
+
+def _show(text: RenderableType) -> None:
+    """Prints it, where there is no terminal to be as wide as, with the width of a log."""
+    Console(width=None if sys.stdout.isatty() else LOG_WIDTH).print(text)
 
 
 def _finetune(folder: Path, config: Path, arguments: Sequence[str]) -> int:
@@ -240,7 +247,7 @@ def _benchmark(rest: Sequence[str]) -> int:
             builder=asked.builder,
             progress=progress,
         )
-    Console().print(benchmark_summary(found))
+    _show(benchmark_summary(found))
     print(f"results in {out}")
     return 0
 

@@ -7,6 +7,7 @@ from the command line, and recorded beside what it gave. ``run`` carries it out.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import shutil
 import time
@@ -24,6 +25,7 @@ from accel.checkpoint import load_model, save_model, saved_spec
 from accel.data import PixelSource
 from accel.data.settings import Images
 from accel.evaluation import accuracy, compare_outputs
+from accel.evaluation.accuracy import check_labelled, output_classes
 from accel.evaluation.answers import KEPT_BYTES, Answers
 from accel.evaluation.forward import check_dtype, forward_function, in_dtype, output_shape
 from accel.files import unfinished_folder
@@ -37,7 +39,9 @@ from accel.timing_rounds import REPEATS, check_measurement, latency
 from accel.weights import load
 
 BUNDLED = "bundled"
-# Fields that no solved layer hangs on; repairs that were begun tell their own settings apart.
+# In the folder of an unfinished run, the states of repairs that were begun.
+REPAIRS = "repairs"
+# Fields that no solved layer hangs on.
 AFTER_SOLVING = (
     *("second_sweep", "distillation"),
     *("evaluation", "metrics", "latency_batches", "latency_seconds"),
@@ -162,7 +166,10 @@ class Experiment:
         evaluation = self.limited(self.evaluation)
         if self.metrics:
             batch = jax.ShapeDtypeStruct((1, *evaluation.image_shape), "float32")
-            output_shape(*forward_function(original), batch, "original network")
+            shape = output_shape(*forward_function(original), batch, "original network")
+        if "accuracy" in self.metrics:
+            output_classes(shape, "original network", evaluation)
+            check_labelled(evaluation, "evaluation images")
 
     def load_model(self) -> nnx.Module:
         """The original network.
@@ -310,9 +317,6 @@ def run(experiment: Experiment, name: str, out: Path, progress: Progress) -> Res
     experiment.check(original)
     with unfinished_folder(to_json(experiment), out, free=AFTER_SOLVING) as partial:
         progress.say(f"writing to {out}; if stopped, it goes on when called again with --out {out}")
-        # Before the long work, so that labels which do not fit the network show at once.
-        reference = experiment.reference(original, progress)
-        before_seconds = time.perf_counter() - start
         result = experiment.accelerate(original, images, progress, resume=partial / "layers")
         if experiment.second_sweep:
             result = _refitted(experiment, original, images, result, partial, progress)
@@ -323,6 +327,7 @@ def run(experiment: Experiment, name: str, out: Path, progress: Progress) -> Res
         save_model(partial / "model", result.model, experiment.model, result.plan)
         evaluation_start = time.perf_counter()
         progress.say("evaluating")
+        reference = experiment.reference(original, progress)
         metrics = experiment.evaluate(reference, result.model, progress)
         times = {}
         if experiment.latency_batches:
@@ -338,7 +343,7 @@ def run(experiment: Experiment, name: str, out: Path, progress: Progress) -> Res
         end = time.perf_counter()
         seconds = {
             **result.report.seconds,
-            "evaluate": before_seconds + end - evaluation_start,
+            "evaluate": end - evaluation_start,
             "total": end - start,
         }
         report = dataclasses.replace(
@@ -354,7 +359,7 @@ def run(experiment: Experiment, name: str, out: Path, progress: Progress) -> Res
             seconds=seconds,
         )
         (partial / "report.json").write_text(report.to_json())
-        for solved in ("layers", "second_sweep", "distillation"):
+        for solved in ("layers", REPAIRS):
             shutil.rmtree(partial / solved, ignore_errors=True)
         partial.rename(out)
     return dataclasses.replace(result, report=report)
@@ -376,7 +381,7 @@ def _refitted(
         iterations=experiment.second_sweep,
         batch_size=experiment.batch_size,
         seed=experiment.seed,
-        resume=folder / "second_sweep",
+        resume=_state_folder(folder, experiment.second_sweep),
         progress=progress,
     )
     told = {
@@ -386,6 +391,11 @@ def _refitted(
         "steps": list(found.steps),
     }
     return _repaired(result, found.model, "second_sweep", told, found.seconds)
+
+
+def _state_folder(folder: Path, *settings: object) -> Path:
+    """Where a repair keeps its state: what was begun with other settings is not in the way."""
+    return folder / REPAIRS / hashlib.sha256(repr(settings).encode()).hexdigest()[:16]
 
 
 def _repaired(result: Result, model: nnx.Module, name: str, told: dict, seconds: float) -> Result:
@@ -412,7 +422,7 @@ def _distilled(
         images,
         settings=experiment.distillation,
         seed=experiment.seed,
-        resume=folder / "distillation",
+        resume=_state_folder(folder, experiment.second_sweep, experiment.distillation),
         progress=progress,
     )
     told = {

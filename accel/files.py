@@ -23,6 +23,23 @@ def write_whole(file: Path, text: str) -> None:
     partial.replace(file)
 
 
+def check_new(out: Path) -> None:
+    """Looks whether figures and the table of them, a ``.md`` beside it, can be written to ``out``.
+
+    Raises:
+        FileExistsError: If one of both files exists.
+        ValueError: If they would be the same file.
+    """
+    table = out.with_suffix(".md")
+    if out == table:
+        raise ValueError(
+            f"{out}: that is where the table of the figures goes; choose another --out"
+        )
+    for file in (out, table):
+        if file.exists():
+            raise FileExistsError(f"{file} exists already; nothing is overwritten")
+
+
 @contextmanager
 def locked(folder: Path, *, wait: bool = False) -> Iterator[None]:
     """Keeps other processes from writing to a folder. Whatever ends this one lets go of it.
@@ -57,7 +74,8 @@ def locked(folder: Path, *, wait: bool = False) -> Iterator[None]:
 def unfinished_folder(record: str, out: Path, *, free: Collection[str] = ()) -> Iterator[Path]:
     """The folder ``OUT.partial`` of an unfinished run, new or left of the same experiment.
 
-    It is locked: a second process that is told the same ``out`` is refused.
+    It is locked: a second process that is told the same ``out`` is refused. Where nothing but the
+    record is in it, the run was refused before it began, and the next may be another.
 
     Args:
         record: The experiment as a JSON object, to be told from others by.
@@ -71,7 +89,8 @@ def unfinished_folder(record: str, out: Path, *, free: Collection[str] = ()) -> 
     partial.mkdir(parents=True, exist_ok=True)
     with locked(partial):
         file = partial / "experiment.json"
-        if file.exists() and _without(file.read_text(), free) != _without(record, free):
+        begun = any(path != file for path in partial.iterdir()) and file.exists()
+        if begun and _without(file.read_text(), free) != _without(record, free):
             raise FileExistsError(
                 f"{partial} holds an unfinished run of another experiment; remove it or choose"
                 " another --out"

@@ -24,7 +24,7 @@ from accel.data.augmentation import Augmentation
 from accel.data.preprocessing import preprocess
 from accel.data.source import LabelledSource, PixelSource
 from accel.evaluation import accuracy
-from accel.evaluation.accuracy import output_classes
+from accel.evaluation.accuracy import check_labelled, output_classes
 from accel.evaluation.forward import forward_function, output_shape
 from accel.program import path_name
 from accel.progress import Progress
@@ -315,9 +315,11 @@ def _classes(network: nnx.Module, images: PixelSource, evaluation: LabelledSourc
     name = type(network).__name__
     batch = jax.ShapeDtypeStruct((1, *images.image_shape), jnp.float32)
     shape = output_shape(forward, state, batch, name)
-    if evaluation is not None:
-        output_classes(shape, name, evaluation)
-    return output_classes(shape, name, images)
+    for source, what in ((images, "images"), (evaluation, "evaluation images")):
+        if source is not None:
+            output_classes(shape, name, source)
+            check_labelled(source, what)
+    return shape[1]
 
 
 def _check_parameters(parameters: nnx.State) -> None:

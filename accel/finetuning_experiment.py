@@ -20,6 +20,7 @@ from accel.checkpoint import known_spec, load_model, save_model, saved_plan
 from accel.data import FlipAndShift, PixelSource
 from accel.data.settings import Images
 from accel.evaluation import accuracy
+from accel.evaluation.accuracy import check_labelled
 from accel.files import unfinished_folder
 from accel.finetune import Epoch, FinetuneResult, check_settings, finetune
 from accel.progress import Progress
@@ -193,9 +194,10 @@ def run_finetuning(
     model_folder = folder / "model" if (folder / "model").is_dir() else folder
     spec, plan = known_spec(model_folder, builder), saved_plan(model_folder)
     model = load_model(model_folder, spec.build)
-    for watched in (finetuning.images, finetuning.held_back):
-        if watched is not None:
-            watched.open()  # What is wrong with it shows now.
+    for asked_for in ("images", "held_back"):
+        if (watched := getattr(finetuning, asked_for)) is not None:
+            # What is wrong with it shows now.
+            check_labelled(watched.open(), asked_for)
     evaluation = finetuning.limited(finetuning.evaluation)
     asked = dataclasses.asdict(finetuning)
     record = json.dumps({"model": str(folder), **asked}, indent=2, default=str) + "\n"

@@ -25,6 +25,7 @@ from accel.compiler import network_options
 from accel.configuration import load_config
 from accel.evaluation.forward import forward_function
 from accel.experiment import Experiment
+from accel.files import write_whole
 from accel.images import full_batches
 from accel.progress import reported
 from accel.report.environment import command_line
@@ -52,6 +53,8 @@ def main() -> None:
     config, *arguments = sys.argv[1:]
     default = Measurement(load_config(Path(config), Experiment), tyro.MISSING)
     asked = tyro.cli(Measurement, args=arguments, default=default)
+    if asked.out.exists():
+        raise FileExistsError(f"{asked.out} exists already; nothing is overwritten")
     experiment = asked.experiment
     original = experiment.load_model()
     images = experiment.limited(experiment.calibration)
@@ -74,8 +77,7 @@ def main() -> None:
         "calibrate_over_two_passes": report.seconds["calibrate"] / sum(passes.values()),
         "memory": dict(report.memory),
     }
-    asked.out.parent.mkdir(parents=True, exist_ok=True)
-    asked.out.write_text(json.dumps(figures, indent=2) + "\n")
+    write_whole(asked.out, json.dumps(figures, indent=2) + "\n")
     print(asked.out.read_text())
 
 

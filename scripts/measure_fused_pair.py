@@ -26,9 +26,9 @@ import tyro
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
-from accel.files import write_whole
+from accel.files import check_new, write_whole
 from accel.report.environment import command_line, device_name, versions
-from accel.timing_rounds import time_rounds
+from accel.timing_rounds import check_measurement, time_rounds
 
 KERNEL = 3
 # A kernel further off than that, relative to the two convolutions, computes something else.
@@ -92,9 +92,10 @@ class Measurement:
 
 def main() -> int:
     asked = tyro.cli(Measurement)
-    for file in (asked.out, asked.out.with_suffix(".md")):
-        if file.exists():
-            raise FileExistsError(f"{file} exists already; nothing is overwritten")
+    check_new(asked.out)
+    check_measurement("measuring pairs", asked.batch_sizes, asked.repeats, asked.seconds)
+    if not asked.layers or not LAYERS.keys() >= set(asked.layers):
+        raise ValueError(f"layers are some of {', '.join(LAYERS)}, found {asked.layers}")
     rows: list[dict[str, Any]] = []
     found = {
         "command": command_line(),

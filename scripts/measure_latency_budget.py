@@ -35,8 +35,9 @@ from accel.chain_filters import measured_multiple, with_promising_chains, with_r
 from accel.configuration import load_config
 from accel.device_times import LayerTimes, measure_times
 from accel.error_curves import ErrorCurve
+from accel.evaluation.forward import check_dtype
 from accel.experiment import Experiment
-from accel.files import write_whole
+from accel.files import check_new, write_whole
 from accel.inference import Inference, compile_inference, with_any_weights
 from accel.interpreter import specification
 from accel.latency_budget import MACS, PRECISION, TOLERANCE, select_for_latency
@@ -44,7 +45,7 @@ from accel.measurements import measure_errors, measure_sensitivity
 from accel.memory import kept_memory, use_one_pool
 from accel.plan import AccelerationPlan
 from accel.progress import LineProgress
-from accel.rank_selection import Candidate
+from accel.rank_selection import Candidate, check_speedup
 from accel.report.environment import command_line, device_name, versions
 from accel.selection import (
     conv_macs_of,
@@ -52,6 +53,7 @@ from accel.selection import (
 )
 from accel.time_correction import STAGES, correct_times, random_plans
 from accel.timed_plan import TimedPlan, time_plan, time_plans
+from accel.timing_rounds import REPEATS, check_measurement
 
 # Plans of 4× fewer MACs, and what their ranks are multiples of.
 MAC_PLANS = {"by MACs": 1, "by MACs, ranks in steps of 8": 8}
@@ -69,7 +71,7 @@ class Measurement:
         curves: File of the error curves; read where it exists, or else written.
         out: The file to write; must not exist. The table of it goes beside it. What there is so far
             is in ``out`` with ``.partial`` at its end.
-        batch_sizes: Images per batch.
+        batch_sizes: Images per batch. Without any, errors are measured and nothing is timed.
         dtypes: What networks compute in.
         speedups: Asked for.
         random_plans: How many random plans test the times of layers, per batch size and type.
@@ -97,11 +99,18 @@ def main() -> int:
         args=sys.argv[2:],
         default=Measurement(load_config(config, Experiment), tyro.MISSING, tyro.MISSING),
     )
-    for file in (asked.out, asked.out.with_suffix(".md")):
-        if file.exists():
-            raise FileExistsError(f"{file} exists already; nothing is overwritten")
+    check_new(asked.out)
+    if asked.batch_sizes:
+        check_measurement("timing plans", asked.batch_sizes, REPEATS, asked.seconds)
+    for dtype in asked.dtypes:
+        check_dtype(dtype)
+    for speedup in asked.speedups:
+        check_speedup("speedups", speedup)
     progress = LineProgress()
     calibration, curves, original = _curves(asked, progress)
+    if not asked.batch_sizes:
+        progress.say(f"errors are in {asked.curves}; no batch sizes, so that nothing is timed")
+        return 0
     found: dict[str, Any] = {
         "command": command_line(),
         "device": device_name(),
@@ -230,14 +239,17 @@ def markdown(found: Mapping[str, Any]) -> str:
             else:
                 text.append(line(batch, f"{asked}× by time{found_by(row)}", row, float(asked)))
         for name, row in measured.get("mac_plans_4x", {}).items():
-            text.append(line(batch, f"4× {name}", row, 4.0))
+            if "refused" in row:
+                text.append(f"| {batch} | 4× {name} | | | refused | | |")
+            else:
+                text.append(line(batch, f"4× {name}", row, 4.0))
     text += ["", "**prediction**", ""]
     text += [
         "| batch | timing the layers | times of random plans off, median | speedups off |",
         "|--:|--:|--:|--:|",
     ]
     for batch, measured in found["batches"].items():
-        if "random_plans" not in measured:
+        if not measured.get("random_plans", {}).get("plans"):
             continue
         times_off, speedups_off = _off(measured["random_plans"])
         text.append(
@@ -351,7 +363,12 @@ def _batch(
         write()
     row["mac_plans_4x"] = {}
     for name, multiple in MAC_PLANS.items():
-        plan = select_ranks(calibration, 4.0, curves=by_macs[multiple], rules=rules)
+        try:
+            plan = select_ranks(calibration, 4.0, curves=by_macs[multiple], rules=rules)
+        except ValueError as error:
+            row["mac_plans_4x"][name] = {"refused": str(error)}
+            progress.say(f"4× fewer MACs, {name}: {error}")
+            continue
         found = time_plan(calibration, compiled, plan, {}, asked.seconds, PRECISION)
         row["mac_plans_4x"][name] = {
             **figures(found),
@@ -360,15 +377,18 @@ def _batch(
         progress.say(f"4× fewer MACs, {name}: {found.speedup:.2f}× measured")
     write()
     row["random_plans"] = _random_plans(asked, calibration, compiled, by_time, times)
-    times_off, speedups_off = _off(row["random_plans"])
-    progress.say(
-        f"random plans (medians): times {times_off:.3f} off, speedups {speedups_off:.3f} off"
-    )
+    if row["random_plans"]["plans"]:
+        times_off, speedups_off = _off(row["random_plans"])
+        progress.say(
+            f"random plans (medians): times {times_off:.3f} off, speedups {speedups_off:.3f} off"
+        )
     write()
-    fewest_macs = row["mac_plans_4x"]["by MACs"]["speedup"]
+    fewest_macs = row["mac_plans_4x"]["by MACs"]
     try:
+        if "refused" in fewest_macs:
+            raise ValueError(fewest_macs["refused"])
         # So much faster that a plan within the tolerance is as fast.
-        chosen = planned((1 + TOLERANCE) * fewest_macs)
+        chosen = planned((1 + TOLERANCE) * fewest_macs["speedup"])
         delivered = dataclasses.replace(again(chosen.plan), found_by=chosen.found_by)
         row["as_fast_as_by_macs"] = figures(delivered)
     except ValueError as error:

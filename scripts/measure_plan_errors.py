@@ -24,7 +24,7 @@ from flax import nnx
 
 from accel.configuration import load_config
 from accel.experiment import Experiment
-from accel.files import write_whole
+from accel.files import check_new, write_whole
 from accel.inference import compile_inference
 from accel.latency_budget import MACS
 from accel.measurements import measure_sensitivity
@@ -62,9 +62,7 @@ def main() -> int:
         args=sys.argv[3:],
         default=Measurement(load_config(config, Experiment), Path("plan_errors.json")),
     )
-    for file in (asked.out, asked.out.with_suffix(".md")):
-        if file.exists():
-            raise FileExistsError(f"{file} exists already; nothing is overwritten")
+    check_new(asked.out)
     plans = timed_plans(json.loads(timed.read_text()))
     experiment, progress = asked.experiment, LineProgress()
     original = experiment.load_model()

@@ -17,7 +17,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +31,13 @@ from accel.compiler import Options, network_options
 from accel.configuration import load_config
 from accel.evaluation.forward import forward_function
 from accel.experiment import Experiment
-from accel.files import write_whole
+from accel.files import check_new, write_whole
 from accel.inference import compile_inference, compile_with_weights, with_any_weights
 from accel.memory import kept_memory, use_one_pool
 from accel.plan import AccelerationPlan, LayerPlan
 from accel.report.environment import command_line, device_name, versions
 from accel.rewrite import rewrite
-from accel.timing_rounds import time_rounds
+from accel.timing_rounds import check_measurement, speedup_in_rounds, time_rounds
 
 COMPILED = "accel.compile_inference"
 # Of that many channels at most, a convolution spends more on gathering what its taps read than on
@@ -71,20 +71,15 @@ class Measurement:
 def main() -> int:
     use_one_pool()
     asked = tyro.cli(Measurement)
-    if asked.out.exists():
-        raise FileExistsError(f"{asked.out} exists already; nothing is overwritten")
-    report = json.loads(asked.report.read_text())
+    check_new(asked.out)
+    check_measurement("measuring forms", asked.batch_sizes, asked.repeats, asked.seconds)
+    layers, shape, mac_speedup = planned_by(asked.report)
     original = with_any_weights(load_config(asked.config, Experiment).model.build())
-    layers = [
-        LayerPlan(layer["path"], layer["decomposition"], tuple(layer["ranks"]))
-        for layer in report["layers"]
-    ]
-    shape = tuple(report["settings"]["image_shape"])
     found: dict[str, Any] = {
         "command": command_line(),
         "device": device_name(),
         "versions": versions(),
-        "mac_speedup": report["macs"]["speedup"],
+        "mac_speedup": mac_speedup,
         "batches": {},
     }
     for batch_size in asked.batch_sizes:
@@ -93,16 +88,40 @@ def main() -> int:
             print(f"timing {len(forms)} forms at batch {batch_size}", file=sys.stderr)
             with kept_memory():
                 times |= time_rounds(forms, asked.repeats, asked.seconds)
-        found["batches"][str(batch_size)] = {
-            name: dict(zip(("low_ms", "median_ms", "high_ms"), quartiles, strict=True))
-            for name, quartiles in (
-                (name, np.percentile(taken, [25, 50, 75]).tolist()) for name, taken in times.items()
-            )
-        }
+        found["batches"][str(batch_size)] = {name: _row(name, times) for name in times}
         write_whole(asked.out, json.dumps(found, indent=2) + "\n")
         write_whole(asked.out.with_suffix(".md"), markdown(found))
     print(markdown(found))
     return 0
+
+
+def planned_by(report: Path) -> tuple[list[LayerPlan], tuple[int, ...], float]:
+    """What a run made of each layer, the shape of its images, and its speedup in MACs.
+
+    Raises:
+        ValueError: If the file is no report of a run.
+    """
+    try:
+        content = json.loads(report.read_text())
+        layers = [
+            LayerPlan(layer["path"], layer["decomposition"], tuple(layer["ranks"]))
+            for layer in content["layers"]
+        ]
+        return layers, tuple(content["settings"]["image_shape"]), content["macs"]["speedup"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{report} is no report of a run: {error!r}") from error
+
+
+def _row(name: str, times: Mapping[str, Sequence[float]]) -> dict[str, float]:
+    """Quartiles of a form's times; of the accelerated network also how much faster it is."""
+    low, median, high = np.percentile(times[name], [25, 50, 75]).tolist()
+    row = {"low_ms": low, "median_ms": median, "high_ms": high}
+    network, form = name.split(": ", 1)
+    if network != "original":
+        # What else was tried is held against the original as it is compiled for inference.
+        against = times.get(f"original: {form}", times[f"original: {COMPILED}"])
+        row["speedup"], row["speedup_error"] = speedup_in_rounds(against, times[name])
+    return row
 
 
 def runs(
@@ -225,13 +244,9 @@ def markdown(found: Mapping[str, Any]) -> str:
     for name in found["batches"][sizes[0]]:
         cells = []
         for size in sizes:
-            rows = found["batches"][size]
-            taken = rows[name]["median_ms"]
-            network, form = name.split(": ", 1)
-            # What else was tried is held against the original as it is compiled for inference.
-            against = rows.get(f"original: {form}", rows[f"original: {COMPILED}"])
-            speedup = "" if network == "original" else f"{against['median_ms'] / taken:.2f}×"
-            cells += [f"{taken:.1f} ms", speedup]
+            row = found["batches"][size][name]
+            speedup = f"{row['speedup']:.2f}×" if "speedup" in row else ""
+            cells += [f"{row['median_ms']:.1f} ms", speedup]
         text.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(text) + "\n"
 

@@ -31,7 +31,7 @@ from accel.decompositions import DECOMPOSITIONS
 from accel.decompositions.split import split
 from accel.error_curves import RIDGE, cheaper_chains, macs_of
 from accel.experiment import Experiment
-from accel.files import write_whole
+from accel.files import check_new, write_whole
 from accel.program import LayerCall
 from accel.progress import reported
 from accel.reconstruction import SWEEPS
@@ -101,8 +101,7 @@ def main() -> None:
     config, *arguments = sys.argv[1:]
     default = Measurement(load_config(Path(config), Experiment), tyro.MISSING)
     asked = tyro.cli(Measurement, args=arguments, default=default)
-    if asked.out.exists():
-        raise SystemExit(f"{asked.out} exists already; nothing is overwritten")
+    check_new(asked.out)
     experiment = asked.experiment
     rows = []
     with reported() as progress:

@@ -16,9 +16,11 @@ import accel
 from accel.cli import main
 from accel.configuration import load_config
 from accel.data import fashion_test_images
-from accel.data.settings import FolderImages
+from accel.data.settings import BundledImages, FolderImages
 from accel.experiment import Experiment, run
+from accel.files import unfinished_folder
 from accel.progress import Progress
+from accel.repair import Distillation
 from accel.rewrite import FactorizedConv
 
 ROOT = Path(__file__).parent.parent
@@ -85,6 +87,7 @@ def test_nothing_is_overwritten(quickstart, capfd):
 def test_a_stopped_run_of_another_experiment_is_not_mixed_up(tmp_path, capfd):
     (tmp_path / "out.partial").mkdir()
     (tmp_path / "out.partial" / "experiment.json").write_text("{}")
+    (tmp_path / "out.partial" / "layers").mkdir()
     config = str(ROOT / "configs/quickstart.py")
     assert main(["run", config, "--smoke", "--out", str(tmp_path / "out")]) == 1
     assert "unfinished run of another experiment" in capfd.readouterr().err
@@ -99,6 +102,7 @@ def test_a_stopped_run_of_another_experiment_is_not_mixed_up(tmp_path, capfd):
             "evaluation",
             r"original network cannot be called with images of shape \(1, 224, 224, 3\)",
         ),
+        ("labels", "evaluation images: labels are needed here, but the images have none"),
     ],
 )
 def test_what_would_fail_after_the_long_work_is_refused_before(wrong, message, tmp_path):
@@ -106,9 +110,70 @@ def test_what_would_fail_after_the_long_work_is_refused_before(wrong, message, t
     quickstart = load_config(ROOT / "configs" / "quickstart.py", Experiment).smoke()
     if wrong == "evaluation":
         wrong = {"evaluation": FolderImages(tmp_path)}
+    if wrong == "labels":
+        wrong = {"evaluation": BundledImages("calibration")}
     with pytest.raises(ValueError, match=message):
         run(dataclasses.replace(quickstart, **wrong), "small_vgg", tmp_path / "out", Progress())
     assert [path.name for path in tmp_path.iterdir()] == ["coloured.png"]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (["--rank-selection", "greedy_energy"], "chooses ranks of one kind of chain"),
+        (["--speedup", "1"], "a finite number above 1"),
+        (["--positions-per-image", "0"], "positions_per_image and batch_size are 1 or more"),
+    ],
+)
+def test_a_mistake_shows_before_anything_is_evaluated_and_is_not_in_the_way_of_its_correction(
+    wrong, message, tmp_path, capfd, monkeypatch
+):
+    def not_yet(*_, **__):
+        raise AssertionError("evaluated before it was known whether the run can be")
+
+    monkeypatch.setattr("accel.experiment.accuracy", not_yet)
+    out = tmp_path / "out"
+    command = ["run", str(ROOT / "configs/quickstart.py"), "--out", str(out)]
+    assert main([*command, *wrong]) == 1
+    assert message in capfd.readouterr().err
+    with unfinished_folder("{}", out):
+        pass
+
+
+class StopsInSecondEpoch(Progress):
+    def describe(self, text):
+        if "epoch 2" in text:
+            raise KeyboardInterrupt
+
+
+def test_repairs_that_were_begun_with_other_settings_are_not_in_the_way(tmp_path):
+    spec = accel.ModelSpec(
+        "accel.models.vgg:VGG",
+        {"stages": ((8, 12), (16,)), "num_classes": 10, "in_channels": 1, "pooled_size": 2}
+        | {"hidden_features": ()},
+    )
+    accel.save_model(tmp_path / "small", spec.build(), spec)
+    experiment = dataclasses.replace(
+        load_config(ROOT / "configs" / "quickstart.py", Experiment).smoke(),
+        model=spec,
+        weights=tmp_path / "small",
+        speedup=1.5,
+        metrics=("outputs",),
+        second_sweep=1,
+        latency_batches=(),
+        distillation=Distillation(epochs=3),
+    )
+    out = tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt):
+        run(experiment, "small", out, StopsInSecondEpoch())
+    assert len(list((tmp_path / "out.partial" / "repairs").iterdir())) == 2
+    changed = dataclasses.replace(
+        experiment, second_sweep=2, distillation=Distillation(epochs=1, learning_rate=1e-6)
+    )
+    result = run(changed, "small", out, Progress())
+    assert len(result.report.repair["second_sweep"]["steps"]) <= 2
+    assert len(result.report.repair["distillation"]["epochs"]) == 2
+    assert not (out / "repairs").exists()
 
 
 def test_fields_are_overridden_and_recorded_and_a_failed_measurement_loses_nothing(

@@ -9,7 +9,7 @@ import threading
 import pytest
 
 from accel.experiment import AFTER_SOLVING, Experiment
-from accel.files import locked, unfinished_folder
+from accel.files import check_new, locked, unfinished_folder
 
 HOLD = """
 import sys
@@ -76,10 +76,28 @@ def test_an_unfinished_run_is_taken_over_if_it_differs_in_what_is_free(tmp_path)
             pass
 
 
+def test_a_run_that_was_refused_before_it_began_is_not_in_the_way_of_another(tmp_path):
+    with unfinished_folder('{"speedup": 1.0}', tmp_path / "out"):
+        pass
+    with unfinished_folder('{"speedup": 2.0}', tmp_path / "out") as folder:
+        assert json.loads((folder / "experiment.json").read_text()) == {"speedup": 2.0}
+
+
+def test_figures_and_their_table_need_two_files_that_are_new(tmp_path):
+    check_new(tmp_path / "figures.json")
+    with pytest.raises(ValueError, match=r"figures\.md: that is where the table"):
+        check_new(tmp_path / "figures.md")
+    for name in ("one.json", "two.md"):
+        (tmp_path / name).touch()
+        with pytest.raises(FileExistsError, match=f"{name} exists already"):
+            check_new((tmp_path / name).with_suffix(".json"))
+
+
 @pytest.mark.parametrize("damaged", ["", "[]", "{"])
 def test_a_folder_whose_record_is_damaged_is_not_taken_over(damaged, tmp_path):
     (tmp_path / "out.partial").mkdir()
     (tmp_path / "out.partial" / "experiment.json").write_text(damaged)
+    (tmp_path / "out.partial" / "layers").mkdir()
     with (
         pytest.raises(FileExistsError, match="unfinished run of another experiment"),
         unfinished_folder("{}", tmp_path / "out"),

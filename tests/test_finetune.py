@@ -307,7 +307,11 @@ def test_a_network_that_diverges_stops_with_the_step():
         ({"warmup": 1.0}, "warmup is a share from 0 to below 1, found 1.0"),
         ({"optimizer": "lion"}, "unknown optimizer 'lion'; known: sgd, adamw"),
         ({"precision": "float8"}, "unknown precision 'float8'; known: float32, bfloat16"),
-        ({"images": dataclasses.replace(IMAGES, labels=None)}, "needs labels"),
+        ({"images": dataclasses.replace(IMAGES, labels=None)}, "images: labels are needed"),
+        (
+            {"evaluation": dataclasses.replace(IMAGES, labels=None)},
+            "evaluation images: labels are needed",
+        ),
         (
             {"images": dataclasses.replace(IMAGES, labels=IMAGES.labels + 1, class_count=None)},
             "label 10 of image .* is none of the network's 10 classes",

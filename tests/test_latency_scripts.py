@@ -165,6 +165,18 @@ def test_times_and_then_errors_of_the_same_plans(planted, script, small, tmp_pat
     assert not list(tmp_path.glob("*.partial"))
 
 
+def test_without_batch_sizes_errors_are_measured_alone(
+    planted, small, tmp_path, monkeypatch, capfd
+):
+    config, *weights = small
+    curves, out = tmp_path / "curves.json", tmp_path / "budget.json"
+    options = ["--curves", curves, "--out", out, "--batch-sizes", *weights]
+    assert run(planted, monkeypatch, config, *options) == 0
+    assert json.loads(curves.read_text())["curves"].keys() == {"1", "8"}
+    assert "nothing is timed" in capfd.readouterr().out
+    assert not list(tmp_path.glob("budget*"))
+
+
 def test_what_was_measured_before_a_stop_is_kept_and_does_not_stand_in_the_way(
     planted, small, tmp_path, monkeypatch
 ):

@@ -34,12 +34,33 @@ def test_every_form_is_timed_and_told(forms, tmp_path, monkeypatch, capsys):
     assert all(0 < row["low_ms"] <= row["median_ms"] <= row["high_ms"] for row in rows.values())
     table = out.with_suffix(".md").read_text()
     assert table in capsys.readouterr().out
-    plain = rows["original: jax.jit"]["median_ms"] / rows["accelerated: jax.jit"]["median_ms"]
-    assert f"| {plain:.2f}× |" in next(
+    assert f"| {rows['accelerated: jax.jit']['speedup']:.2f}× |" in next(
         line for line in table.splitlines() if line.startswith("| accelerated: jax.jit")
     )
+    assert not any("speedup" in row for name, row in rows.items() if name.startswith("original"))
     with pytest.raises(FileExistsError, match=r"forms\.json exists already"):
         forms.main()
+
+
+def test_speedups_are_those_of_rounds_against_the_original_in_the_same_form(forms):
+    times = {
+        "original: jax.jit": [10.0, 40.0, 30.0],
+        f"original: {forms.COMPILED}": [8.0, 12.0, 16.0],
+        "accelerated: jax.jit": [5.0, 10.0, 20.0],
+        "accelerated: and ranks in steps of 8": [8.0, 4.0, 4.0],
+    }
+    assert forms._row("accelerated: jax.jit", times)["speedup"] == 2
+    assert forms._row("accelerated: and ranks in steps of 8", times)["speedup"] == 3
+    assert forms._row("original: jax.jit", times)["median_ms"] == 30
+
+
+def test_a_file_that_is_no_report_is_named(forms, tmp_path):
+    for name, text in (("none", None), ("list", "[]"), ("other", '{"layers": []}')):
+        file = tmp_path / f"{name}.json"
+        if text is not None:
+            file.write_text(text)
+        with pytest.raises(ValueError, match=rf"{name}\.json is no report of a run"):
+            forms.planned_by(file)
 
 
 def test_products_of_matrices_are_the_convolutions(forms):

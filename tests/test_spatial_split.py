@@ -77,5 +77,5 @@ def test_the_bundled_network_is_measured(ways, tmp_path, monkeypatch, capsys):
     ]  # fmt: skip
     assert all(0.2 < row["share"] <= 0.25 for row in found["layers"])
     assert out.with_suffix(".md").read_text() in capsys.readouterr().out
-    with pytest.raises(SystemExit, match=r"split\.json exists already"):
+    with pytest.raises(FileExistsError, match=r"split\.json exists already"):
         ways.main()

@@ -262,7 +262,14 @@ def _batch_norm(graph):
     graph.nodes[2].input[0] = "normalised"
 
 
+def _linear(graph):
+    (relu,) = [node for node in graph.nodes if node.input[0] == graph.nodes[0].output[0]]
+    graph.nodes.remove(relu)
+    graph.nodes[1].input[0] = graph.nodes[0].output[0]
+
+
 GRAPH_FAULTS = {
+    "no activation": (_linear, "expected a Relu between it and the convolution before"),
     "stride": (_set("Conv", "strides", [2, 2]), r"expected strides \[1, 1\], found \[2, 2\]"),
     "padding": (_set("Conv", "pads", [0] * 4), r"expected pads \[1, 1, 1, 1\], found \[0, 0"),
     "dilation": (_set("Conv", "dilations", [2, 2]), r"expected dilations \[1, 1\]"),

@@ -82,6 +82,24 @@ def accuracy(
     return {f"top{k}": count / images for k, count in correct.items()}
 
 
+def check_labelled(source: LabelledSource, name: str) -> None:
+    """Looks at one image, so that images without labels show before long work.
+
+    Args:
+        source: The images.
+        name: What they are called in the message.
+
+    Raises:
+        ValueError: If there is no image, it cannot be read or has no label.
+    """
+    try:
+        batch = next(iter(source.labelled_batches(1)), None)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+    if batch is None:
+        raise ValueError(f"{name}: expected one image or more, found none")
+
+
 def output_classes(shape: tuple[int, ...], name: str, source: LabelledSource) -> int:
     """How many classes a network tells apart.
 

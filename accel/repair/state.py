@@ -70,6 +70,8 @@ def load_state(file: Path, problem: str) -> tuple[list[np.ndarray], dict[str, An
     if not isinstance(content, dict) or content.keys() != {"problem", "told", "arrays"}:
         raise ValueError(f"{file} is damaged; remove it to start again")
     if content["problem"] != problem:
-        raise ValueError(f"{file} holds the state of another problem: another run's")
+        raise ValueError(
+            f"{file} holds the state of another problem, another run's; remove it to start again"
+        )
     arrays = content["arrays"]
     return [arrays[str(index)] for index in range(len(arrays))], content["told"]

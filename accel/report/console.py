@@ -71,8 +71,8 @@ def benchmark_summary(benchmark: Benchmark) -> RenderableType:
             networks.add_row(
                 str(batch.batch_size),
                 name,
-                f"{times.median_ms:,.3f}",
-                f"{times.interquartile_range_ms:,.3f}",
+                _milliseconds(times.median_ms),
+                _milliseconds(times.interquartile_range_ms),
                 str(batch.runs),
                 f"{times.compile_seconds:.2f}",
                 _or_untold(times.xla_flops, 1e-9, ",.3f"),
@@ -82,8 +82,8 @@ def benchmark_summary(benchmark: Benchmark) -> RenderableType:
             networks.add_row(
                 str(batch.batch_size),
                 f"original, {name}",
-                f"{peer.median_ms:,.3f}",
-                f"{peer.interquartile_range_ms:,.3f}",
+                _milliseconds(peer.median_ms),
+                _milliseconds(peer.interquartile_range_ms),
                 str(batch.runs),
             )
         speedups.add_row(
@@ -116,8 +116,8 @@ def _layer_table(batch: BatchBenchmark) -> Table:
             f"{layer.decomposition or 'dense'} {', '.join(map(str, layer.ranks))}".rstrip(),
             f"{layer.macs_original / 1e6:,.1f}",
             f"{layer.macs_accelerated / 1e6:,.1f}",
-            f"{layer.original_ms:,.3f}",
-            f"{layer.accelerated_ms:,.3f}",
+            _milliseconds(layer.original_ms),
+            _milliseconds(layer.accelerated_ms),
             f"{layer.original_share:.1%}",
             f"{layer.accelerated_share:.1%}",
         )
@@ -132,6 +132,11 @@ def _table(title: str, texts: Sequence[str], figures: Sequence[str]) -> Table:
     for column in figures:
         table.add_column(column, justify="right")
     return table
+
+
+def _milliseconds(time: float) -> str:
+    """No more digits than repeat themselves from run to run, so that columns stay narrow."""
+    return f"{time:,.{3 if time < 10 else 2 if time < 100 else 1}f}"
 
 
 def _or_untold(figure: float | None, unit: float, form: str, sign: str = "") -> str:

@@ -34,7 +34,7 @@ from accel.calibration import ALL_KINDS, Calibration
 from accel.checkpoint import load_model, save_model
 from accel.data import PixelSource
 from accel.error_curves import ErrorCurve
-from accel.evaluation.accuracy import output_classes
+from accel.evaluation.accuracy import check_labelled, output_classes
 from accel.evaluation.forward import forward_function, output_shape
 from accel.experiment import Reference
 from accel.files import write_whole
@@ -136,9 +136,10 @@ class WholeNetwork(Table):
         batch = jax.ShapeDtypeStruct((1, *images.image_shape), "float32")
         name = type(original).__name__
         shape = output_shape(*forward_function(original), batch, name)
-        for labelled in (self.training.images, self.training.held_back):
-            if labelled is not None:
+        for asked_for in ("images", "held_back"):
+            if (labelled := getattr(self.training, asked_for)) is not None:
                 output_classes(shape, name, self.training.limited(labelled))
+                check_labelled(self.training.limited(labelled), f"training.{asked_for}")
 
     def measure(
         self,

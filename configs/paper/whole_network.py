@@ -8,8 +8,8 @@ a control, from scratch (DIR holds the four IDX files of Fashion-MNIST):
     accel table configs/paper/whole_network.py --stages plain repair finetune scratch \\
         --training.images.folder DIR --training.held-back.folder DIR
 
-On the body of VGG-16 with any pictures (which has no classes: ``plain`` and ``repair`` alone), or
-on ImageNet, the latter with the paper's settings for training:
+On the body of VGG-16 with any pictures (which has no classes: ``finetune`` and ``scratch`` are not
+for it), or on ImageNet, the latter with the paper's settings for training:
 
     accel table configs/paper/whole_network.py configs/vgg16_photos.py \\
         --weights FILE --calibration.folder DIR --evaluation.folder DIR

@@ -58,8 +58,9 @@ def read(path: Path) -> dict[str, np.ndarray]:
 
     Raises:
         WeightError: If onnx is not installed, the graph has no convolution, or its body is not of
-            VGG's shape: a node other than ``Conv``, ``MaxPool``, ``Relu`` and ``Transpose``, or
-            other strides, paddings, dilations, groups or pooling windows.
+            VGG's shape: a node other than ``Conv``, ``MaxPool``, ``Relu`` and ``Transpose``, no
+            ``Relu`` between two ``Conv``, or other strides, paddings, dilations, groups or pooling
+            windows.
     """
     onnx = require("onnx", path=path)
     graph = onnx.load(path).graph
@@ -85,6 +86,7 @@ def read(path: Path) -> dict[str, np.ndarray]:
 def _body_weights(
     path: Path, nodes: Sequence[Node], stored: Mapping[str, np.ndarray]
 ) -> Iterator[tuple[str, np.ndarray]]:
+    unrectified = None
     for previous, node in zip((None, *nodes), nodes, strict=False):
         if node.kind not in BODY:
             raise WeightError(
@@ -107,8 +109,16 @@ def _body_weights(
                     f"{path}: {node.kind} node {node.name!r}: expected {attribute} "
                     f"{' or '.join(map(str, allowed))}, found {found}"
                 )
+        if node.kind == "Relu":
+            unrectified = None
         if node.kind != "Conv":
             continue
+        if unrectified is not None:
+            raise WeightError(
+                f"{path}: Conv node {node.name!r}: expected a Relu between it and the convolution"
+                f" before, {unrectified!r}, found none"
+            )
+        unrectified = node.name
         for role, weight in zip(("kernel", "bias"), node.inputs[1:], strict=False):
             if weight not in stored:
                 raise WeightError(
