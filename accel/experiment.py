@@ -164,9 +164,10 @@ class Experiment:
         if self.latency_batches:
             check_measurement("latency", self.latency_batches, REPEATS, self.latency_seconds)
         evaluation = self.limited(self.evaluation)
-        if self.metrics:
-            batch = jax.ShapeDtypeStruct((1, *evaluation.image_shape), "float32")
-            shape = output_shape(*forward_function(original), batch, "original network")
+        if not self.metrics:
+            return
+        batch = jax.ShapeDtypeStruct((1, *evaluation.image_shape), "float32")
+        shape = output_shape(*forward_function(original), batch, "original network")
         if "accuracy" in self.metrics:
             output_classes(shape, "original network", evaluation)
             check_labelled(evaluation, "evaluation images")
