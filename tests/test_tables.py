@@ -602,9 +602,14 @@ def test_stages_can_be_added_but_not_with_other_settings_than_before(tmp_path):
     assert merged["training"]["images"]["folder"] == "idx"
     begun(tmp_path, trained)
     assert folder_record(plain, tmp_path) == merged
-    slower = dataclasses.replace(images, learning_rate=1e-6)
+    slower = dataclasses.replace(trained, training=dataclasses.replace(images, learning_rate=1e-6))
+    lines = tmp_path / "raw.jsonl"
+    # What nothing was measured with yet can be changed, after training that diverged, say.
+    lines.write_text(json.dumps({"stage": "plain"}) + "\n")
+    assert folder_record(slower, tmp_path) == slower.record()
+    lines.write_text(json.dumps({"stage": "finetune"}) + "\n")
     with pytest.raises(FileExistsError, match="results of another experiment"):
-        folder_record(dataclasses.replace(trained, training=slower), tmp_path)
+        folder_record(slower, tmp_path)
 
 
 def test_a_folder_that_holds_something_else_is_refused_in_one_line(tmp_path, capfd):

@@ -155,6 +155,10 @@ class Table(abc.ABC):
         """Fields of settings that no cell that is asked for hangs on."""
         return set()
 
+    def bound(self, lines: Sequence[Line]) -> set[str]:
+        """Fields of settings that one of these lines, or more, hangs on."""
+        return {field.name for field in dataclasses.fields(self)}
+
     def record(self) -> dict[str, Any]:
         """What the cells hang on besides the axes, as JSON data.
 
@@ -259,8 +263,10 @@ def folder_record(table: Table, out: Path) -> dict[str, Any]:
     """The record of a folder that can take the table: new, empty, or begun by the same table.
 
     Settings that only what is there, or only what is asked for, hangs on stay and are added: stages
-    with settings of their own can be asked for later. Earlier versions recorded ``TIMING``, too,
-    and ``EVALUATION`` whatever the table, which are left out, and knew no ``inference_dtype``.
+    with settings of their own can be asked for later. Those that nothing which was measured hangs
+    on can still be changed, after training that diverged, say. Earlier versions recorded
+    ``TIMING``, too, and ``EVALUATION`` whatever the table, which are left out, and knew no
+    ``inference_dtype``.
 
     Raises:
         FileExistsError: If it holds results of another experiment, or anything else.
@@ -271,7 +277,8 @@ def folder_record(table: Table, out: Path) -> dict[str, Any]:
         for name in (*TIMING, *(() if table.EVALUATES else EVALUATION)):
             found.get("experiment", {}).pop(name, None)
         found.get("experiment", {}).setdefault("inference_dtype", None)
-        compared = {"table", "experiment", *(found.keys() & asked.keys())}
+        bound = found.keys() & asked.keys() & table.bound(read_lines(out))
+        compared = {"table", "experiment", *bound}
         if any(found.get(name) != asked[name] for name in compared):
             raise FileExistsError(
                 f"{out} holds results of another experiment (see {recorded}); choose another --out"

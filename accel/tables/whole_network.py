@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 import itertools
 import json
 import re
@@ -77,6 +78,8 @@ SWEEP = "second sweep"
 STAGES = (PLAIN, SWEEP, "repair", "finetune", "scratch")
 # Those that need labelled images.
 TRAINED = ("finetune", "scratch")
+# The fields that stages have settings of their own in.
+SETTINGS = {"repair": "repair", **dict.fromkeys(TRAINED, "training")}
 
 
 @final
@@ -120,9 +123,10 @@ class WholeNetwork(Table):
         return list(itertools.product(self.seeds, self.methods, self.speedups, stages))
 
     def unused(self) -> set[str]:
-        stages = set(self.stages)
-        unused = set() if stages.intersection(TRAINED) else {"training"}
-        return unused if "repair" in stages else {*unused, "repair"}
+        return {"training", "repair"} - {SETTINGS.get(stage) for stage in self.stages}
+
+    def bound(self, lines: Sequence[Line]) -> set[str]:
+        return {name for line in lines if (name := SETTINGS.get(line["stage"])) is not None}
 
     def check(self, original: nnx.Module, images: PixelSource) -> None:
         check_names("method", self.methods, METHODS)
@@ -211,7 +215,10 @@ class WholeNetwork(Table):
             if stage == PLAIN:
                 yield self._evaluated(plain, start, model, progress)
                 continue
-            checkpoints = folder / stage
+            # A stage that was stopped goes on only with the settings that it was begun with.
+            settings = json.dumps(self.record().get(SETTINGS.get(stage, "")), sort_keys=True)
+            digest = hashlib.sha256(settings.encode()).hexdigest()[:16]
+            checkpoints = folder / stage / digest
             progress.say(f"{start.method}, {start.speedup:g}×, seed {start.seed}: {stage}")
             after, told = self._stage(stage, start, model, checkpoints, progress)
             line = {
@@ -225,7 +232,7 @@ class WholeNetwork(Table):
                 **told,
             }
             yield self._evaluated(line, start, after, progress)
-            shutil.rmtree(checkpoints, ignore_errors=True)
+            shutil.rmtree(folder / stage, ignore_errors=True)
 
     def _accelerated(
         self,
