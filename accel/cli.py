@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -30,7 +31,7 @@ from accel.tables import Table, make_table
 from accel.tables.grid import TIMING, VARIED, TableKind
 from accel.weights import load
 
-# In characters: wide enough that no figure is cut off.
+# In characters.
 LOG_WIDTH = 100
 USAGE = """\
 usage: accel run CONFIG [--out DIR] [--smoke] [--FIELD VALUE ...]
@@ -208,8 +209,9 @@ def _run(config: Path, arguments: Sequence[str]) -> int:
 
 
 def _show(text: RenderableType) -> None:
-    """Prints it, where there is no terminal to be as wide as, with the width of a log."""
-    Console(width=None if sys.stdout.isatty() else LOG_WIDTH).print(text)
+    """Prints it; where no terminal and no COLUMNS say how wide, with the width of a log."""
+    told = sys.stdout.isatty() or "COLUMNS" in os.environ
+    Console(width=None if told else LOG_WIDTH).print(text)
 
 
 def _finetune(folder: Path, config: Path, arguments: Sequence[str]) -> int:

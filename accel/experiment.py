@@ -360,7 +360,8 @@ def run(experiment: Experiment, name: str, out: Path, progress: Progress) -> Res
             seconds=seconds,
         )
         (partial / "report.json").write_text(report.to_json())
-        for solved in ("layers", REPAIRS):
+        # The last two are where earlier versions kept repairs.
+        for solved in ("layers", REPAIRS, "second_sweep", "distillation"):
             shutil.rmtree(partial / solved, ignore_errors=True)
         partial.rename(out)
     return dataclasses.replace(result, report=report)
@@ -382,7 +383,7 @@ def _refitted(
         iterations=experiment.second_sweep,
         batch_size=experiment.batch_size,
         seed=experiment.seed,
-        resume=_state_folder(folder, experiment.second_sweep),
+        resume=_state_folder(folder, "second sweep", (experiment.second_sweep,), progress),
         progress=progress,
     )
     told = {
@@ -394,9 +395,15 @@ def _refitted(
     return _repaired(result, found.model, "second_sweep", told, found.seconds)
 
 
-def _state_folder(folder: Path, *settings: object) -> Path:
+def _state_folder(
+    folder: Path, name: str, settings: tuple[object, ...], progress: Progress
+) -> Path:
     """Where a repair keeps its state: what was begun with other settings is not in the way."""
-    return folder / REPAIRS / hashlib.sha256(repr(settings).encode()).hexdigest()[:16]
+    digest = hashlib.sha256(repr(settings).encode()).hexdigest()[:16]
+    states = folder / REPAIRS / name.replace(" ", "_")
+    if states.exists() and not (states / digest).exists():
+        progress.say(f"the {name} that was begun had other settings; it begins anew with these")
+    return states / digest
 
 
 def _repaired(result: Result, model: nnx.Module, name: str, told: dict, seconds: float) -> Result:
@@ -423,7 +430,9 @@ def _distilled(
         images,
         settings=experiment.distillation,
         seed=experiment.seed,
-        resume=_state_folder(folder, experiment.second_sweep, experiment.distillation),
+        resume=_state_folder(
+            folder, "distillation", (experiment.second_sweep, experiment.distillation), progress
+        ),
         progress=progress,
     )
     told = {

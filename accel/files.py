@@ -74,8 +74,8 @@ def locked(folder: Path, *, wait: bool = False) -> Iterator[None]:
 def unfinished_folder(record: str, out: Path, *, free: Collection[str] = ()) -> Iterator[Path]:
     """The folder ``OUT.partial`` of an unfinished run, new or left of the same experiment.
 
-    It is locked: a second process that is told the same ``out`` is refused. Where nothing but the
-    record is in it, the run was refused before it began, and the next may be another.
+    It is locked: a second process that is told the same ``out`` is refused. Where the run ends with
+    an error before anything was written to it, it is removed: it is in nobody's way then.
 
     Args:
         record: The experiment as a JSON object, to be told from others by.
@@ -89,14 +89,19 @@ def unfinished_folder(record: str, out: Path, *, free: Collection[str] = ()) -> 
     partial.mkdir(parents=True, exist_ok=True)
     with locked(partial):
         file = partial / "experiment.json"
-        begun = any(path != file for path in partial.iterdir()) and file.exists()
-        if begun and _without(file.read_text(), free) != _without(record, free):
+        if file.exists() and _without(file.read_text(), free) != _without(record, free):
             raise FileExistsError(
                 f"{partial} holds an unfinished run of another experiment; remove it or choose"
                 " another --out"
             )
         write_whole(file, record)
-        yield partial
+        try:
+            yield partial
+        except BaseException:
+            if list(partial.iterdir()) == [file]:
+                file.unlink()
+                partial.rmdir()
+            raise
 
 
 def _without(record: str, keys: Collection[str]) -> dict[str, object] | None:

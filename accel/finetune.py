@@ -301,7 +301,7 @@ def _batches(
         numbers = order[place * batch_size : (place + 1) * batch_size]
         pixels, labels = images.take(numbers)
         if labels is None:
-            raise ValueError("fine-tuning needs labels, but the images have none")
+            raise ValueError("fine-tuning needs labels, but some of the images have none")
         if (wrong := (labels < 0) | (labels >= classes)).any():
             raise ValueError(
                 f"label {labels[wrong][0]} of image {numbers[wrong][0]} is none of the network's"

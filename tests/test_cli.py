@@ -18,7 +18,6 @@ from accel.configuration import load_config
 from accel.data import fashion_test_images
 from accel.data.settings import BundledImages, FolderImages
 from accel.experiment import Experiment, run
-from accel.files import unfinished_folder
 from accel.progress import Progress
 from accel.repair import Distillation
 from accel.rewrite import FactorizedConv
@@ -87,7 +86,6 @@ def test_nothing_is_overwritten(quickstart, capfd):
 def test_a_stopped_run_of_another_experiment_is_not_mixed_up(tmp_path, capfd):
     (tmp_path / "out.partial").mkdir()
     (tmp_path / "out.partial" / "experiment.json").write_text("{}")
-    (tmp_path / "out.partial" / "layers").mkdir()
     config = str(ROOT / "configs/quickstart.py")
     assert main(["run", config, "--smoke", "--out", str(tmp_path / "out")]) == 1
     assert "unfinished run of another experiment" in capfd.readouterr().err
@@ -136,8 +134,14 @@ def test_a_mistake_shows_before_anything_is_evaluated_and_is_not_in_the_way_of_i
     command = ["run", str(ROOT / "configs/quickstart.py"), "--out", str(out)]
     assert main([*command, *wrong]) == 1
     assert message in capfd.readouterr().err
-    with unfinished_folder("{}", out):
-        pass
+    assert not list(tmp_path.iterdir())
+
+
+class Said(Progress):
+    text = ""
+
+    def say(self, text):
+        self.text += text + "\n"
 
 
 class StopsInSecondEpoch(Progress):
@@ -170,7 +174,10 @@ def test_repairs_that_were_begun_with_other_settings_are_not_in_the_way(tmp_path
     changed = dataclasses.replace(
         experiment, second_sweep=2, distillation=Distillation(epochs=1, learning_rate=1e-6)
     )
-    result = run(changed, "small", out, Progress())
+    said = Said()
+    result = run(changed, "small", out, said)
+    for name in ("second sweep", "distillation"):
+        assert f"the {name} that was begun had other settings; it begins anew" in said.text
     assert len(result.report.repair["second_sweep"]["steps"]) <= 2
     assert len(result.report.repair["distillation"]["epochs"]) == 2
     assert not (out / "repairs").exists()

@@ -77,8 +77,12 @@ def test_an_unfinished_run_is_taken_over_if_it_differs_in_what_is_free(tmp_path)
 
 
 def test_a_run_that_was_refused_before_it_began_is_not_in_the_way_of_another(tmp_path):
-    with unfinished_folder('{"speedup": 1.0}', tmp_path / "out"):
-        pass
+    with (
+        pytest.raises(ValueError, match="no speedup"),
+        unfinished_folder('{"speedup": 1.0}', tmp_path / "out"),
+    ):
+        raise ValueError("no speedup")
+    assert not list(tmp_path.iterdir())
     with unfinished_folder('{"speedup": 2.0}', tmp_path / "out") as folder:
         assert json.loads((folder / "experiment.json").read_text()) == {"speedup": 2.0}
 
@@ -97,7 +101,6 @@ def test_figures_and_their_table_need_two_files_that_are_new(tmp_path):
 def test_a_folder_whose_record_is_damaged_is_not_taken_over(damaged, tmp_path):
     (tmp_path / "out.partial").mkdir()
     (tmp_path / "out.partial" / "experiment.json").write_text(damaged)
-    (tmp_path / "out.partial" / "layers").mkdir()
     with (
         pytest.raises(FileExistsError, match="unfinished run of another experiment"),
         unfinished_folder("{}", tmp_path / "out"),

@@ -177,6 +177,30 @@ def test_without_batch_sizes_errors_are_measured_alone(
     assert not list(tmp_path.glob("budget*"))
 
 
+def test_plans_that_cannot_be_are_told_and_the_rest_is_measured(
+    planted, small, tmp_path, monkeypatch
+):
+    config, *weights = small
+    out = tmp_path / "budget.json"
+    options = ["--curves", tmp_path / "curves.json", "--out", out, "--batch-sizes", "2", *weights]
+    options += ["--speedups", "1.5", "--random-plans", "0", "--seconds", "0.1"]
+
+    def refused(*_, **__):
+        raise ValueError("4× cannot be reached")
+
+    monkeypatch.setattr(planted, "select_ranks", refused)
+    assert run(planted, monkeypatch, config, *options) == 0
+    (row,) = json.loads(out.read_text())["batches"].values()
+    assert row["mac_plans_4x"]["by MACs"] == {"refused": "4× cannot be reached"}
+    assert row["as_fast_as_by_macs"] == {"refused": "4× cannot be reached"}
+    assert row["random_plans"]["plans"] == []
+    assert "| 2, float32 | 4× by MACs | | | refused | | |" in out.with_suffix(".md").read_text()
+    again = [tmp_path / "again.json" if option == out else option for option in options]
+    for wrong in (["--dtypes", "bf16"], ["--batch-sizes", "0"], ["--speedups", "0.5"]):
+        with pytest.raises(ValueError, match=r"bf16|batch sizes of 1 or more|speedups"):
+            run(planted, monkeypatch, config, *again, *wrong)
+
+
 def test_what_was_measured_before_a_stop_is_kept_and_does_not_stand_in_the_way(
     planted, small, tmp_path, monkeypatch
 ):

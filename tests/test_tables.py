@@ -573,6 +573,19 @@ def test_the_folder_of_another_experiment_is_refused_and_left_alone(tmp_path):
     table = config("rank_selection")
     begun(tmp_path, table)
     assert folder_record(table, tmp_path) == table.record()
+    # A start that was refused before anything was measured is not in the way.
+    other = dataclasses.replace(table, decomposition="spatial")
+    assert folder_record(other, tmp_path) == other.record()
+    (tmp_path / "raw.jsonl").write_text("{}\n")
+    with pytest.raises(FileExistsError, match="results of another experiment"):
+        folder_record(other, tmp_path)
+    # Earlier versions did not say which chains there were.
+    record = table.record()
+    del record["decomposition"]
+    (tmp_path / "experiment.json").write_text(json.dumps(record))
+    with pytest.raises(FileExistsError, match="results of another experiment"):
+        folder_record(other, tmp_path)
+    assert folder_record(table, tmp_path) == table.record()
     folder_record(dataclasses.replace(table, seeds=(5,), speedups=(2.5,)), tmp_path)
     for changed in (
         {"weights": "/somewhere/vgg19.onnx"},
@@ -585,7 +598,7 @@ def test_the_folder_of_another_experiment_is_refused_and_left_alone(tmp_path):
             make_table(dataclasses.replace(table, experiment=other), tmp_path, "", Progress())
     with pytest.raises(FileExistsError, match="results of another experiment"):
         make_table(config("layer_energies"), tmp_path, "", Progress())
-    assert [path.name for path in tmp_path.iterdir()] == ["experiment.json"]
+    assert {path.name for path in tmp_path.iterdir()} == {"experiment.json", "raw.jsonl"}
     # Of the time before there were tables: not to be mixed with what is measured now.
     with pytest.raises(FileExistsError, match="results of another experiment"):
         folder_record(table, ROOT / "results" / "fashion_methods")
@@ -594,6 +607,8 @@ def test_the_folder_of_another_experiment_is_refused_and_left_alone(tmp_path):
 def test_stages_can_be_added_but_not_with_other_settings_than_before(tmp_path):
     plain = config("whole_network")
     begun(tmp_path, plain)
+    lines = tmp_path / "raw.jsonl"
+    lines.write_text(json.dumps({"stage": "plain"}) + "\n")
     assert plain.record().keys() == {"table", "experiment"}
     images = dataclasses.replace(plain.training, images=IdxImages(Path("/somewhere/idx")))
     trained = dataclasses.replace(plain, stages=("scratch",), training=images)
@@ -603,9 +618,7 @@ def test_stages_can_be_added_but_not_with_other_settings_than_before(tmp_path):
     begun(tmp_path, trained)
     assert folder_record(plain, tmp_path) == merged
     slower = dataclasses.replace(trained, training=dataclasses.replace(images, learning_rate=1e-6))
-    lines = tmp_path / "raw.jsonl"
     # What nothing was measured with yet can be changed, after training that diverged, say.
-    lines.write_text(json.dumps({"stage": "plain"}) + "\n")
     assert folder_record(slower, tmp_path) == slower.record()
     lines.write_text(json.dumps({"stage": "finetune"}) + "\n")
     with pytest.raises(FileExistsError, match="results of another experiment"):

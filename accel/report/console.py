@@ -130,12 +130,12 @@ def _table(title: str, texts: Sequence[str], figures: Sequence[str]) -> Table:
     for column in texts:
         table.add_column(column, overflow="fold")
     for column in figures:
-        table.add_column(column, justify="right")
+        table.add_column(column, justify="right", no_wrap=True)
     return table
 
 
 def _milliseconds(time: float) -> str:
-    """No more digits than repeat themselves from run to run, so that columns stay narrow."""
+    """With four digits or a few more, so that columns stay narrow."""
     return f"{time:,.{3 if time < 10 else 2 if time < 100 else 1}f}"
 
 

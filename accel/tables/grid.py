@@ -20,7 +20,7 @@ import dataclasses
 import json
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, TypeVar
@@ -69,12 +69,14 @@ class Table(abc.ABC):
         KEY: The fields of a line that tell its cell from the others.
         TIMED: Whether a line is of one whole network, whose time can stand beside it.
         EVALUATES: Whether anything is measured on the experiment's evaluation images.
+        EARLIER: Fields that earlier versions did not record, with what they had in their place.
     """
 
     AXES: ClassVar[tuple[str, ...]]
     KEY: ClassVar[tuple[str, ...]]
     TIMED: ClassVar[bool] = False
     EVALUATES: ClassVar[bool] = True
+    EARLIER: ClassVar[Mapping[str, Any]] = {}
 
     experiment: Annotated[tyro.conf.AvoidSubcommands[Experiment], tyro.conf.arg(name="")]
     seeds: tuple[int, ...] = (0,)
@@ -156,7 +158,7 @@ class Table(abc.ABC):
         return set()
 
     def bound(self, lines: Sequence[Line]) -> set[str]:
-        """Fields of settings that one of these lines, or more, hangs on."""
+        """Fields of settings that lines hang on, these lines where they do not all."""
         return {field.name for field in dataclasses.fields(self)}
 
     def record(self) -> dict[str, Any]:
@@ -277,6 +279,11 @@ def folder_record(table: Table, out: Path) -> dict[str, Any]:
         for name in (*TIMING, *(() if table.EVALUATES else EVALUATION)):
             found.get("experiment", {}).pop(name, None)
         found.get("experiment", {}).setdefault("inference_dtype", None)
+        if found.get("table") == asked["table"]:
+            found = {**table.EARLIER, **found}
+        if {path.name for path in out.iterdir()} <= {recorded.name, "environment.json"}:
+            # A start that was refused before anything was measured.
+            return asked
         bound = found.keys() & asked.keys() & table.bound(read_lines(out))
         compared = {"table", "experiment", *bound}
         if any(found.get(name) != asked[name] for name in compared):

@@ -2,8 +2,8 @@
 
 Rank selection on (``greedy``, the paper's, ``exact``, and ``measured``, which goes by measured
 errors instead of energies) and off (``uniform``: the same share of every layer's width), for linear
-and nonlinear, symmetric and asymmetric reconstruction. Zhang et al., arXiv:1505.06798, sections 3.1
-to 3.4. One calibration a seed serves all combinations.
+and nonlinear, symmetric and asymmetric reconstruction (Zhang et al., arXiv:1505.06798, sections 3.1
+to 3.4), and for the joint fit of all factors. One calibration a seed serves all combinations.
 """
 
 from __future__ import annotations
@@ -59,6 +59,7 @@ class RankSelection(Table):
 
     AXES: ClassVar = ("seeds", "speedups", "solvers", "inputs", "ranks")
     KEY: ClassVar = ("seed", "speedup", "ranks", "solver", "asymmetric")
+    EARLIER: ClassVar = {"decomposition": "channel"}
 
     decomposition: str = "channel"
     speedups: tuple[float, ...] = (2.0, 3.0, 4.0)

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
 import itertools
 import json
 import re
@@ -126,6 +125,7 @@ class WholeNetwork(Table):
         return {"training", "repair"} - {SETTINGS.get(stage) for stage in self.stages}
 
     def bound(self, lines: Sequence[Line]) -> set[str]:
+        # Of stages that were begun, checkpoints tell their own settings apart.
         return {name for line in lines if (name := SETTINGS.get(line["stage"])) is not None}
 
     def check(self, original: nnx.Module, images: PixelSource) -> None:
@@ -215,10 +215,7 @@ class WholeNetwork(Table):
             if stage == PLAIN:
                 yield self._evaluated(plain, start, model, progress)
                 continue
-            # A stage that was stopped goes on only with the settings that it was begun with.
-            settings = json.dumps(self.record().get(SETTINGS.get(stage, "")), sort_keys=True)
-            digest = hashlib.sha256(settings.encode()).hexdigest()[:16]
-            checkpoints = folder / stage / digest
+            checkpoints = folder / stage
             progress.say(f"{start.method}, {start.speedup:g}×, seed {start.seed}: {stage}")
             after, told = self._stage(stage, start, model, checkpoints, progress)
             line = {
@@ -232,7 +229,7 @@ class WholeNetwork(Table):
                 **told,
             }
             yield self._evaluated(line, start, after, progress)
-            shutil.rmtree(folder / stage, ignore_errors=True)
+            shutil.rmtree(checkpoints, ignore_errors=True)
 
     def _accelerated(
         self,
