@@ -114,9 +114,16 @@ def test_curves_are_kept_and_read_back(script):
         budget.from_json("[]", {}, "curves.json")
 
 
-def test_times_and_then_errors_of_the_same_plans(planted, script, small, tmp_path, monkeypatch):
+def test_errors_then_times_and_then_what_is_lost_by_the_same_plans(
+    planted, script, small, tmp_path, monkeypatch, capfd
+):
     config, *weights = small
     curves, out = tmp_path / "curves.json", tmp_path / "budget.json"
+    errors_alone = ["--curves", curves, "--out", out, "--batch-sizes", *weights]
+    assert run(planted, monkeypatch, config, *errors_alone) == 0
+    assert json.loads(curves.read_text())["curves"].keys() == {"1", "8"}
+    assert "nothing is timed" in capfd.readouterr().out
+    assert not list(tmp_path.glob("budget*"))
     options = ["--curves", curves, "--out", out, "--batch-sizes", "2", "--dtypes", "bfloat16"]
     options += ["--speedups", "1.5", "--random-plans", "2", "--seconds", "0.1", *weights]
     assert run(planted, monkeypatch, config, *options) == 0
@@ -163,18 +170,6 @@ def test_times_and_then_errors_of_the_same_plans(planted, script, small, tmp_pat
         told = f"| {row['plan']} | {row['original_ms']:.1f} ms | {row['in_turns_ms']:.1f} ms"
         assert f"{told} | {measured:.2f}× |" in lost.with_suffix(".md").read_text()
     assert not list(tmp_path.glob("*.partial"))
-
-
-def test_without_batch_sizes_errors_are_measured_alone(
-    planted, small, tmp_path, monkeypatch, capfd
-):
-    config, *weights = small
-    curves, out = tmp_path / "curves.json", tmp_path / "budget.json"
-    options = ["--curves", curves, "--out", out, "--batch-sizes", *weights]
-    assert run(planted, monkeypatch, config, *options) == 0
-    assert json.loads(curves.read_text())["curves"].keys() == {"1", "8"}
-    assert "nothing is timed" in capfd.readouterr().out
-    assert not list(tmp_path.glob("budget*"))
 
 
 def test_plans_that_cannot_be_are_told_and_the_rest_is_measured(
